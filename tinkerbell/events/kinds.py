@@ -1,0 +1,481 @@
+"""The vocabulary of the log: one frozen struct for each kind of event, closed as a tagged union.
+
+An event is a fact in the past tense, never edited. Its struct holds the small facts (the `data` column, canonical
+JSON, which an auditor queries with SQL); arrays travel beside it as the event's body (`Body` types below), weights
+as named blobs. A new field needs a default; a new meaning needs a new `schema_version` and an upcaster in codec.py.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+
+from tinkerbell.types import (
+    AdamParams,
+    AdapterId,
+    Category,
+    CheckpointId,
+    Datum,
+    LoraConfig,
+    LossSpec,
+    ModelInfo,
+    SampledSequence,
+    SamplingParams,
+    TenantId,
+)
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
+    """Something that happened."""
+
+
+# ---- requests: what a tenant asked for. The position of a request is its future's id. ---------------------------
+
+
+class Request(Event, frozen=True, kw_only=True):
+    """Base of every request."""
+
+
+class AddLoraRequested(Request, frozen=True, kw_only=True, tag="add_lora.requested"):
+    """A new adapter, fresh from a seed or from a checkpoint."""
+
+    base_model: str
+    lora: LoraConfig
+    seed: int
+    name: str | None = None
+    checkpoint: CheckpointId | None = None
+    with_optimizer: bool = False
+
+
+class RemoveLoraRequested(Request, frozen=True, kw_only=True, tag="remove_lora.requested"):
+    """The adapter leaves memory after what was asked before; its history and checkpoints stay."""
+
+
+class ForwardRequested(Request, frozen=True, kw_only=True, tag="forward.requested"):
+    """Loss and logprobs without gradients. Body: ForwardBackwardBody."""
+
+    loss: LossSpec
+    num_datums: int
+    num_tokens: int
+
+
+class ForwardBackwardRequested(Request, frozen=True, kw_only=True, tag="forward_backward.requested"):
+    """Gradients are added to the adapter's. Body: ForwardBackwardBody."""
+
+    loss: LossSpec
+    num_datums: int
+    num_tokens: int
+
+
+class OptimStepRequested(Request, frozen=True, kw_only=True, tag="optim_step.requested"):
+    """Apply and clear the accumulated gradient."""
+
+    adam: AdamParams
+
+
+class SampleRequested(Request, frozen=True, kw_only=True, tag="sample.requested"):
+    """Continue a prompt with the weights the adapter has at this place in its stream. Body: SampleBody."""
+
+    params: SamplingParams
+    num_tokens: int
+    """Prompt tokens."""
+
+
+class SaveRequested(Request, frozen=True, kw_only=True, tag="save.requested"):
+    """Keep the adapter as a checkpoint."""
+
+    checkpoint: CheckpointId
+    name: str | None = None
+
+
+class LoadRequested(Request, frozen=True, kw_only=True, tag="load.requested"):
+    """Put a checkpoint in the adapter's place."""
+
+    checkpoint: CheckpointId
+    with_optimizer: bool = True
+
+
+# ---- results: exactly one for each request ----------------------------------------------------------------------
+
+
+class Result(Event, frozen=True, kw_only=True):
+    """Base of every answer; `causation` of the row is the request's position."""
+
+    batch: str | None = None
+    """Id of the batch.planned that ran it last; None where nothing ran."""
+    cost_us: int = 0
+    """Accelerator microseconds charged to the tenant for this request, over all its chunks."""
+
+
+class AddLoraCompleted(Result, frozen=True, kw_only=True, tag="add_lora.completed"):
+    """The adapter is ready."""
+
+    num_parameters: int
+    step: int
+    state_digest: str
+
+
+class RemoveLoraCompleted(Result, frozen=True, kw_only=True, tag="remove_lora.completed"):
+    """The adapter is gone from memory."""
+
+
+class ForwardCompleted(Result, frozen=True, kw_only=True, tag="forward.completed"):
+    """Body: LogprobsBody."""
+
+    loss: float
+    metrics: dict[str, float]
+    num_tokens: int
+
+
+class ForwardBackwardCompleted(Result, frozen=True, kw_only=True, tag="forward_backward.completed"):
+    """Body: LogprobsBody."""
+
+    loss: float
+    """Sum over tokens."""
+    metrics: dict[str, float]
+    num_tokens: int
+
+
+class OptimStepCompleted(Result, frozen=True, kw_only=True, tag="optim_step.completed"):
+    """The adapter took a step."""
+
+    step: int
+    grad_norm: float
+    state_digest: str
+
+
+class SampleCompleted(Result, frozen=True, kw_only=True, tag="sample.completed"):
+    """Body: SamplesBody."""
+
+    step: int
+    """Optimizer steps behind the weights that sampled."""
+    num_prompt_tokens: int
+    num_sampled_tokens: int
+
+
+class SaveCompleted(Result, frozen=True, kw_only=True, tag="save.completed"):
+    """Blobs: weights, adapter_config, optimizer."""
+
+    checkpoint: CheckpointId
+    name: str | None
+    step: int
+    lora: LoraConfig
+    num_bytes: int
+    state_digest: str
+
+
+class LoadCompleted(Result, frozen=True, kw_only=True, tag="load.completed"):
+    """The adapter now is the checkpoint."""
+
+    checkpoint: CheckpointId
+    step: int
+    state_digest: str
+
+
+class Failed(Result, frozen=True, kw_only=True):
+    """Base of every failure: nothing changed."""
+
+    category: Category
+    code: str
+    """Problem slug."""
+    message: str
+
+
+class AddLoraFailed(Failed, frozen=True, kw_only=True, tag="add_lora.failed"):
+    """The adapter was not made."""
+
+
+class RemoveLoraFailed(Failed, frozen=True, kw_only=True, tag="remove_lora.failed"):
+    """The adapter could not be removed."""
+
+
+class ForwardFailed(Failed, frozen=True, kw_only=True, tag="forward.failed"):
+    """No logprobs."""
+
+
+class ForwardBackwardFailed(Failed, frozen=True, kw_only=True, tag="forward_backward.failed"):
+    """No gradient was added."""
+
+
+class OptimStepFailed(Failed, frozen=True, kw_only=True, tag="optim_step.failed"):
+    """The weights are as they were; the accumulated gradient is cleared only where the message says so."""
+
+
+class SampleFailed(Failed, frozen=True, kw_only=True, tag="sample.failed"):
+    """No samples."""
+
+
+class SaveFailed(Failed, frozen=True, kw_only=True, tag="save.failed"):
+    """No checkpoint."""
+
+
+class LoadFailed(Failed, frozen=True, kw_only=True, tag="load.failed"):
+    """The adapter is as it was."""
+
+
+# ---- what the server did of its own accord ----------------------------------------------------------------------
+
+
+class PlannedUnit(msgspec.Struct, frozen=True, array_like=True):
+    """One unit of a batch: datums [start, stop) of a request (0, 0 where a request is not cut)."""
+
+    request: int
+    start: int
+    stop: int
+
+
+class BatchPlanned(Event, frozen=True, kw_only=True, tag="batch.planned"):
+    """The scheduler leader chose what runs next."""
+
+    batch: str
+    lane: Literal["train", "sample", "control"]
+    environment: str
+    """Digest of the environment.recorded it runs in."""
+    units: list[PlannedUnit]
+    estimated_us: int
+
+
+class BatchRan(Event, frozen=True, kw_only=True, tag="batch.ran"):
+    """It ran. The charges sum to busy_us: that is also the bill."""
+
+    batch: str
+    busy_us: int
+    charges: list[tuple[int, int]]
+    """(request, microseconds)."""
+
+
+class BatchLost(Event, frozen=True, kw_only=True, tag="batch.lost"):
+    """The executor died in it; its requests run again."""
+
+    batch: str
+    reason: str
+
+
+class CheckpointWritten(Event, frozen=True, kw_only=True, tag="checkpoint.written"):
+    """The server's own recovery point. Blobs: weights, adapter_config, optimizer."""
+
+    checkpoint: CheckpointId
+    after_seq: int
+    """It holds the effect of the adapter's requests up to this one."""
+    step: int
+    lora: LoraConfig
+    num_bytes: int
+    state_digest: str
+
+
+class EnvironmentRecorded(Event, frozen=True, kw_only=True, tag="environment.recorded"):
+    """An executor came up in this environment."""
+
+    digest: str
+    executor: str
+    exact: bool
+    model: ModelInfo
+    facts: dict[str, str]
+
+
+class LeaseGranted(Event, frozen=True, kw_only=True, tag="lease.granted"):
+    """`epoch` is the fencing token: what carries an older one is refused."""
+
+    resource: str
+    holder: str
+    epoch: int
+
+
+class KeyCreated(Event, frozen=True, kw_only=True, tag="key.created"):
+    """An API key; only its hash is kept."""
+
+    key_id: str
+    key_hash: str
+    """sha256 (hex) of the secret, which has 256 random bits."""
+    admin: bool = False
+    note: str = ""
+
+
+class KeyRevoked(Event, frozen=True, kw_only=True, tag="key.revoked"):
+    """The key opens nothing any more."""
+
+    key_id: str
+
+
+class TenantConfigured(Event, frozen=True, kw_only=True, tag="tenant.configured"):
+    """Share and limits of a tenant; None keeps the server's default."""
+
+    weight: float = 1.0
+    max_pending_requests: int | None = None
+    max_pending_tokens: int | None = None
+    max_adapters: int | None = None
+
+
+AnyRequest = (
+    AddLoraRequested
+    | RemoveLoraRequested
+    | ForwardRequested
+    | ForwardBackwardRequested
+    | OptimStepRequested
+    | SampleRequested
+    | SaveRequested
+    | LoadRequested
+)
+AnyFailed = (
+    AddLoraFailed
+    | RemoveLoraFailed
+    | ForwardFailed
+    | ForwardBackwardFailed
+    | OptimStepFailed
+    | SampleFailed
+    | SaveFailed
+    | LoadFailed
+)
+AnyResult = (
+    AddLoraCompleted
+    | RemoveLoraCompleted
+    | ForwardCompleted
+    | ForwardBackwardCompleted
+    | OptimStepCompleted
+    | SampleCompleted
+    | SaveCompleted
+    | LoadCompleted
+    | AnyFailed
+)
+AnyEvent = (
+    AnyRequest
+    | AnyResult
+    | BatchPlanned
+    | BatchRan
+    | BatchLost
+    | CheckpointWritten
+    | EnvironmentRecorded
+    | LeaseGranted
+    | KeyCreated
+    | KeyRevoked
+    | TenantConfigured
+)
+
+FAILED: dict[str, type[AnyFailed]] = {
+    cls.__struct_config__.tag.removesuffix(".failed"): cls  # type: ignore[union-attr]
+    for cls in (
+        AddLoraFailed,
+        RemoveLoraFailed,
+        ForwardFailed,
+        ForwardBackwardFailed,
+        OptimStepFailed,
+        SampleFailed,
+        SaveFailed,
+        LoadFailed,
+    )
+}
+"""Kind of a request -> its failure."""
+
+SAMPLE_KINDS = frozenset({"sample"})
+"""Kinds outside an adapter's sequence: they read one version of it and may be answered out of order."""
+
+
+def type_of(event: Event | type[Event]) -> str:
+    """`forward_backward.requested`."""
+    tag = event.__struct_config__.tag
+    assert isinstance(tag, str)
+    return tag
+
+
+def kind_of(event: Event | type[Event]) -> str:
+    """`forward_backward`: what is before the last dot of the type."""
+    return type_of(event).rpartition(".")[0]
+
+
+# ---- bodies -----------------------------------------------------------------------------------------------------
+
+
+class ForwardBackwardBody(msgspec.Struct, frozen=True, array_like=True):
+    """The data of a forward or forward_backward."""
+
+    data: list[Datum]
+
+
+class SampleBody(msgspec.Struct, frozen=True, array_like=True):
+    """The prompt, [P] int32."""
+
+    prompt: bytes
+
+
+class LogprobsBody(msgspec.Struct, frozen=True, array_like=True):
+    """For each datum [N] float32 nats."""
+
+    logprobs: list[bytes]
+
+
+class SamplesBody(msgspec.Struct, frozen=True, array_like=True):
+    """Continuations, and [P - 1] float32 logprobs of the prompt if asked for."""
+
+    sequences: list[SampledSequence]
+    prompt_logprobs: bytes | None
+
+
+Body = ForwardBackwardBody | SampleBody | LogprobsBody | SamplesBody
+
+BODY_OF: dict[str, type[Body]] = {
+    "forward.requested": ForwardBackwardBody,
+    "forward_backward.requested": ForwardBackwardBody,
+    "sample.requested": SampleBody,
+    "forward.completed": LogprobsBody,
+    "forward_backward.completed": LogprobsBody,
+    "sample.completed": SamplesBody,
+}
+"""Event type -> type of its body; a type that is missing has none."""
+
+
+# ---- the envelope -----------------------------------------------------------------------------------------------
+
+
+class NewEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """An event to append."""
+
+    event: AnyEvent
+    tenant: TenantId
+    stream: str
+    """`adapter/<id>`, `tenant/<id>` or `system/<what>`: the unit of versions and of the hash chain."""
+    adapter: AdapterId | None = None
+    body: Body | None = None
+    blobs: dict[str, bytes] = {}
+    """Name -> bytes, written durably to the blob store before the event."""
+    causation: int | None = None
+    """Position of the request this answers."""
+    correlation: str | None = None
+    """Trace id of the HTTP request."""
+    actor: str | None = None
+    """Id of the API key that asked, or the scheduler's holder name."""
+    idempotency_key: str | None = None
+    request_hash: bytes | None = None
+    """sha256 of the request as the caller meant it; needed with an idempotency key."""
+    expected_seq: int | None = None
+    """Refuse with SequenceConflict unless this is the seq the request would get."""
+    fence: tuple[str, int] | None = None
+    """(resource, epoch) of a lease that must still hold when this commits."""
+
+
+class Recorded(msgspec.Struct, frozen=True, kw_only=True):
+    """An event of the log."""
+
+    position: int
+    """1, 2, 3, ... without gaps, in commit order."""
+    stream: str
+    stream_version: int
+    """0, 1, 2, ... without gaps within the stream."""
+    at_us: int
+    """Microseconds since 1970, UTC."""
+    tenant: TenantId
+    adapter: AdapterId | None
+    seq: int | None
+    """Of a request: its place among the adapter's requests, 0, 1, 2, ...; None for samples and for what is no
+    request. Of a result: None."""
+    event: AnyEvent
+    body: bytes | None
+    """The body as stored when it is inline (see codec.decode_body); None where there is none or it is a blob."""
+    blobs: dict[str, str]
+    """Name -> hash (hex) of the blobs; a body too large to be inline is the blob named `body`."""
+    causation: int | None
+    correlation: str | None
+    actor: str | None
+    hash: str
+    """Hex; the next event of the stream has it as its prev_hash."""
+
+
+JSON = dict[str, Any]

@@ -1,0 +1,154 @@
+"""The nouns every package shares: ids, data, LoRA and optimizer settings, sampling settings, losses.
+
+Imports nothing of ours. Every array that can be long is little-endian bytes in C order (`int32` for token ids,
+`float32` for numbers), so that it is stored, hashed and sent between processes without a copy per element;
+JSON lists exist only in `wire.py`.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+TenantId = str
+AdapterId = str
+CheckpointId = str
+FutureId = int
+"""Position of the request's event in the log."""
+
+Category = Literal["user", "server"]
+"""Who can mend a failure: the caller, or whoever runs the server."""
+
+SYSTEM_TENANT: TenantId = "system"
+"""Owner of events that belong to no user: leases, batches, environments."""
+
+LOCAL_TENANT: TenantId = "local"
+"""The one tenant of a server without keys (loopback only)."""
+
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+"""A name a person gives: 1 to 64 letters, digits, dots, dashes, underscores."""
+
+TARGET_PRESETS: dict[str, tuple[str, ...]] = {
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "all-linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "unembed": ("lm_head",),
+}
+"""Short words for target modules; any other word is the last part of a module's name (`q_proj`)."""
+
+
+class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Shape of one adapter: W + (alpha / rank) B A on every target (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: Annotated[int, Meta(ge=1, le=1024)] = 16
+    alpha: Annotated[float, Meta(gt=0, le=1e6)] = 32.0
+    """Numerator of the scale alpha / rank."""
+    targets: Annotated[tuple[Annotated[str, Meta(min_length=1, max_length=64)], ...], Meta(min_length=1, max_length=32)] = (
+        "all-linear",
+    )
+    """Presets of TARGET_PRESETS or last parts of module names."""
+
+
+class AdamParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) for one step of one adapter."""
+
+    learning_rate: Annotated[float, Meta(ge=0, le=10)] = 1e-4
+    beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.95
+    eps: Annotated[float, Meta(gt=0, le=1)] = 1e-8
+    weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0
+    """Decoupled: weights are multiplied by 1 - learning_rate * weight_decay."""
+    grad_clip_norm: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
+    """Largest L2 norm of this adapter's whole gradient; 0 means no clipping."""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to continue one prompt."""
+
+    max_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 64
+    num_samples: Annotated[int, Meta(ge=1, le=256)] = 1
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
+    """0 is greedy."""
+    top_k: Annotated[int, Meta(ge=-1, le=10_000_000)] = -1
+    """Keep the k likeliest tokens; -1 or 0 keeps all."""
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """Keep the smallest set of likeliest tokens whose probability reaches top_p."""
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    """Same seed, weights and settings give the same samples; absent: derived from the request's place in the log."""
+    stop: Annotated[tuple[Annotated[str, Meta(min_length=1, max_length=256)], ...], Meta(max_length=16)] = ()
+    """Text that ends a sample; it stays in the sample, once."""
+    stop_tokens: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(max_length=64)] | None = None
+    """Tokens that end a sample, kept once; absent: the model's end-of-sequence tokens; empty: none."""
+    prompt_logprobs: bool = False
+    """Also return the logprob of every prompt token but the first."""
+
+
+class LossSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A loss by name with its settings."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64)] = "cross_entropy"
+    config: dict[str, float] = {}
+
+
+class LossSignature(msgspec.Struct, frozen=True, kw_only=True):
+    """What a built-in loss reads, so that a request can be checked without importing torch."""
+
+    required: tuple[str, ...] = ()
+    """Names of the [N] float arrays every datum must carry in `loss_inputs`."""
+    optional: tuple[str, ...] = ("weights",)
+    config: dict[str, float] = {}
+    """Settings with their defaults."""
+
+
+BUILTIN_LOSSES: dict[str, LossSignature] = {
+    "cross_entropy": LossSignature(),
+    "importance_sampling": LossSignature(required=("logprobs", "advantages")),
+    "ppo": LossSignature(
+        required=("logprobs", "advantages"), config={"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+    ),
+}
+"""Signatures of the losses in `tinkerbell/losses`; a test keeps the two in step. Formulas are there."""
+
+
+class Datum(msgspec.Struct, frozen=True, array_like=True):
+    """One sequence to train on. Targets are given, never shifted by the server: logprob t is that of
+    `targets[t]` after `tokens[0..t]`.
+
+    Example: for the text [5, 6, 7], tokens = [5, 6], targets = [6, 7].
+    """
+
+    tokens: bytes
+    """[N] int32 model input."""
+    targets: bytes
+    """[N] int32 target of each position."""
+    loss_inputs: dict[str, bytes]
+    """Name -> [N] float32, as the loss's signature says (weights, logprobs, advantages)."""
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return len(self.tokens) // 4
+
+
+class SampledSequence(msgspec.Struct, frozen=True, array_like=True):
+    """One continuation of a prompt."""
+
+    tokens: bytes
+    """[M] int32, the stop token included exactly once if one was met."""
+    logprobs: bytes
+    """[M] float32 nats, of the model's own distribution (temperature 1, nothing cut off)."""
+    stop_reason: Literal["stop", "length"]
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a caller must know of the base model to send valid requests."""
+
+    name: str
+    vocab_size: int
+    max_length: int
+    """Longest sequence in tokens, prompt and continuation together."""
+    targets: tuple[str, ...]
+    """Module names a LoRA can sit on."""
+    eos_tokens: tuple[int, ...]
+    tokenizer: str
+    """What `AutoTokenizer.from_pretrained` takes to get the tokenizer; a directory or a hub id; empty for the fake."""

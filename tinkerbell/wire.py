@@ -1,0 +1,324 @@
+"""Request and response bodies of `/v1`: the HTTP contract that `api/` and `sdk/` share."""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from tinkerbell.types import AdamParams, Category, LoraConfig, LossSpec, Name, SamplingParams
+
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+Tokens = Annotated[list[TokenId], Meta(min_length=1)]
+Seq = Annotated[int, Meta(ge=0)] | None
+"""Optional check: refuse unless this is the adapter's next sequence number (409 otherwise)."""
+
+
+class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Base of request bodies: an unknown field is an error, because a typo is not a wish."""
+
+
+class DatumBody(Body, frozen=True, kw_only=True):
+    """One sequence. All lists have the same length N."""
+
+    tokens: Tokens
+    """[N] model input."""
+    targets: Tokens
+    """[N] the token to predict after each input token; nothing is shifted by the server."""
+    loss_inputs: dict[str, list[float]] = {}
+    """Name -> [N] numbers, as the loss needs: weights, logprobs, advantages."""
+
+
+class AddLora(Body, frozen=True, kw_only=True):
+    """POST /v1/adapters"""
+
+    base_model: str | None = None
+    """Must be the served model when given."""
+    lora: LoraConfig | None = None
+    """Default LoraConfig(); with a checkpoint it must be absent, the checkpoint has its own."""
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    """Seed of the initial weights; absent: the server draws one and records it."""
+    name: Name | None = None
+    checkpoint: str | None = None
+    """Start from this checkpoint of yours."""
+    with_optimizer: bool = True
+    """With a checkpoint: take its Adam moments and step count as well."""
+
+
+class ForwardBackward(Body, frozen=True, kw_only=True):
+    """POST /v1/adapters/{id}/fwdbwd and /v1/adapters/{id}/forward"""
+
+    data: Annotated[list[DatumBody], Meta(min_length=1)]
+    loss: LossSpec = LossSpec()
+    seq: Seq = None
+
+
+class OptimStep(Body, frozen=True, kw_only=True):
+    """POST /v1/adapters/{id}/optim_step"""
+
+    adam: AdamParams = AdamParams()
+    seq: Seq = None
+
+
+class Sample(Body, frozen=True, kw_only=True):
+    """POST /v1/adapters/{id}/sample, and /v1/sample for the base model"""
+
+    prompt: Tokens
+    params: SamplingParams = SamplingParams()
+
+
+class Save(Body, frozen=True, kw_only=True):
+    """POST /v1/adapters/{id}/checkpoints"""
+
+    name: Name | None = None
+    seq: Seq = None
+
+
+class Load(Body, frozen=True, kw_only=True):
+    """POST /v1/adapters/{id}/load"""
+
+    checkpoint: str
+    with_optimizer: bool = True
+    seq: Seq = None
+
+
+# ---- the seed's aliases: the same calls with the adapter in the body --------------------------------------------
+
+
+class ForwardBackwardFor(ForwardBackward, frozen=True, kw_only=True):
+    """POST /fwdbwd"""
+
+    adapter_id: str
+
+
+class OptimStepFor(OptimStep, frozen=True, kw_only=True):
+    """POST /optim_step"""
+
+    adapter_id: str
+
+
+class SampleFor(Sample, frozen=True, kw_only=True):
+    """POST /sample"""
+
+    adapter_id: str | None = None
+
+
+class RetrieveFuture(Body, frozen=True, kw_only=True):
+    """POST /retrieve_future"""
+
+    future_id: int
+    wait_s: Annotated[float, Meta(ge=0, le=60)] = 0.0
+
+
+# ---- answers ----------------------------------------------------------------------------------------------------
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a request failed."""
+
+    category: Category
+    code: str
+    message: str
+
+
+class ForwardBackwardResult(msgspec.Struct, frozen=True, kw_only=True, tag="forward_backward"):
+    """Answer of forward and fwdbwd."""
+
+    loss: float
+    """Sum over tokens."""
+    metrics: dict[str, float]
+    logprobs: list[list[float]]
+    """For each datum [N] nats."""
+    num_tokens: int
+
+
+class OptimStepResult(msgspec.Struct, frozen=True, kw_only=True, tag="optim_step"):
+    """Answer of optim_step."""
+
+    step: int
+    grad_norm: float
+    state_digest: str
+
+
+class SequenceBody(msgspec.Struct, frozen=True, kw_only=True):
+    """One continuation."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    stop_reason: Literal["stop", "length"]
+
+
+class SampleResult(msgspec.Struct, frozen=True, kw_only=True, tag="sample"):
+    """Answer of sample."""
+
+    sequences: list[SequenceBody]
+    prompt_logprobs: list[float] | None
+    """[P - 1] nats of prompt tokens 1.. when they were asked for."""
+    step: int
+    """Optimizer steps behind the weights that sampled."""
+
+
+class AddLoraResult(msgspec.Struct, frozen=True, kw_only=True, tag="add_lora"):
+    """Answer of add_lora."""
+
+    adapter_id: str
+    num_parameters: int
+    step: int
+    state_digest: str
+
+
+class SaveResult(msgspec.Struct, frozen=True, kw_only=True, tag="save"):
+    """Answer of save."""
+
+    checkpoint_id: str
+    name: str | None
+    step: int
+    num_bytes: int
+
+
+class LoadResult(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
+    """Answer of load."""
+
+    checkpoint_id: str
+    step: int
+    state_digest: str
+
+
+class RemoveLoraResult(msgspec.Struct, frozen=True, kw_only=True, tag="remove_lora"):
+    """Answer of remove_lora."""
+
+
+ResultBody = (
+    ForwardBackwardResult | OptimStepResult | SampleResult | AddLoraResult | SaveResult | LoadResult | RemoveLoraResult
+)
+
+
+class Future(msgspec.Struct, frozen=True, kw_only=True):
+    """A request and, once there is one, its answer."""
+
+    id: int
+    """Position of the request in the log."""
+    kind: str
+    state: Literal["pending", "completed", "failed"]
+    adapter_id: str | None
+    seq: int | None
+    created_at: str
+    """RFC 3339, UTC."""
+    finished_at: str | None = None
+    cost_us: int | None = None
+    """Accelerator microseconds billed for it."""
+    place: int | None = None
+    """Pending: how many pending requests of yours were accepted before it."""
+    result: ResultBody | None = None
+    error: Failure | None = None
+
+
+class Adapter(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /v1/adapters/{id}"""
+
+    id: str
+    name: str | None
+    base_model: str
+    lora: LoraConfig
+    seed: int
+    state: Literal["pending", "ready", "failed", "removed"]
+    num_parameters: int | None
+    step: int
+    """Optimizer steps taken."""
+    next_seq: int
+    last_loss: float | None
+    created_at: str
+    parent_checkpoint: str | None
+
+
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /v1/checkpoints/{id}"""
+
+    id: str
+    name: str | None
+    adapter_id: str
+    step: int
+    lora: LoraConfig
+    num_bytes: int
+    state_digest: str
+    created_at: str
+
+
+class RunPoint(msgspec.Struct, frozen=True, kw_only=True):
+    """One optimizer step of a run."""
+
+    step: int
+    at: str
+    learning_rate: float
+    grad_norm: float
+    loss_per_token: float | None
+    """Sum of the losses since the step before, over the number of their tokens."""
+    num_tokens: int
+    state_digest: str
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """The history of one adapter."""
+
+    adapter: Adapter
+    num_requests: int
+    num_failed: int
+    num_tokens: int
+    cost_us: int
+    points: list[RunPoint] = []
+
+
+class UsageRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What one adapter used, by kind of request."""
+
+    tenant: str
+    adapter_id: str | None
+    kind: str
+    num_requests: int
+    tokens_in: int
+    tokens_out: int
+    cost_us: int
+
+
+class TenantQueue(msgspec.Struct, frozen=True, kw_only=True):
+    """What waits and what was served, for one tenant."""
+
+    tenant: str
+    weight: float
+    num_pending: int
+    pending_tokens: int
+    cost_us: int
+    """Served since the server's first day."""
+    recent_cost_us: int
+    """Served in the last 60 s."""
+    recent_tokens: int
+
+
+class Queue(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /v1/queue: your own line; every tenant's with an admin key."""
+
+    tenants: list[TenantQueue]
+    position: int
+    """Head of the log."""
+
+
+class LogEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """One event of your log, as GET /v1/events streams it."""
+
+    position: int
+    at: str
+    type: str
+    adapter_id: str | None
+    seq: int | None
+    causation: int | None
+    data: dict[str, Any]
+    hash: str
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True):
+    """RFC 9457 body of every error."""
+
+    type: str
+    """urn:tinkerbell:problem:<slug>"""
+    title: str
+    status: int
+    detail: str
