@@ -476,6 +476,10 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True):
     actor: str | None
     hash: str
     """Hex; the next event of the stream has it as its prev_hash."""
+    body_codec: Literal["zstd", "msgpack"] | None = None
+    """How the body is stored, inline or as a blob; None where there is none."""
+    body_hash: str | None = None
+    """sha256 (hex) of the body's stored bytes."""
 
 
 JSON = dict[str, Any]

@@ -1,0 +1,208 @@
+"""Nothing in the log can change unnoticed, and the projections are what the log says. On SQLite and Postgres."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from tests.support.life import live
+from tinkerbell.config import Settings
+from tinkerbell.errors import Corrupt
+from tinkerbell.events import check, kinds
+from tinkerbell.events import tables as t
+from tinkerbell.events.chain import HASHED
+from tinkerbell.events.engine import make_engine
+from tinkerbell.events.store import EventStore
+
+
+@contextmanager
+def as_owner(settings: Settings) -> Iterator[sa.Connection]:
+    """A connection of somebody who may do anything: triggers and foreign keys are out of the way."""
+    text = {"json_serializer": str, "json_deserializer": lambda value: value if isinstance(value, str) else value.decode()}
+    engine = sa.create_engine(settings.url, poolclass=sa.NullPool, **text)
+    with engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql("SET session_replication_role = replica")
+        else:
+            names = connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'trigger'").scalars().all()
+            for name in names:
+                connection.exec_driver_sql(f"DROP TRIGGER {name}")
+        yield connection
+    engine.dispose()
+
+
+def changed(column: sa.Column[Any], value: Any) -> Any:
+    """Another value that the column can hold."""
+    match value:
+        case bytes():
+            return bytes([value[0] ^ 1]) + value[1:]
+        case int() | float():
+            return value + 1000
+        case str() if isinstance(column.type, sa.JSON):
+            return value.replace("}", " }", 1)
+        case str() if column.name == "body_codec":
+            return "zstd" if value == "msgpack" else "msgpack"
+        case str():
+            return value + "x"
+        case None if isinstance(column.type, sa.LargeBinary):
+            return b"\x01" * 32
+        case None if isinstance(column.type, sa.Text):
+            return "x"
+        case _:
+            return 7
+
+
+def test_the_story_holds_together(store: EventStore) -> None:
+    events = live(store)
+    report = store.check()
+    assert report.num_events == len(events) == store.head()
+    assert (report.num_requests, report.num_results, report.num_pending) == (11, 10, 1)
+    assert report.cost_us == 900
+    assert report.num_adapters == 3
+
+
+def test_projections_are_the_fold_of_the_log(store: EventStore, database_settings: Settings) -> None:
+    events = live(store)
+    folded = check.rebuild(iter(events))
+    engine = make_engine(database_settings.url, role="reader")
+    with engine.connect() as connection:
+        stored = check.stored_projections(connection)
+    engine.dispose()
+    assert set(folded) == set(stored), "the story reaches every projection"
+    assert stored == folded
+
+
+@pytest.mark.parametrize("column", [*HASHED, "body", "prev_hash", "hash"])
+def test_a_change_of_any_column_of_any_event_is_detected(
+    sqlite_store: EventStore, settings: Settings, column: str
+) -> None:
+    events = live(sqlite_store)
+    for position in range(1, len(events) + 1):
+        where = t.events.c.position == position
+        with as_owner(settings) as connection:
+            old = connection.execute(sa.select(t.events.c[column]).where(where)).scalar_one()
+            # Some columns are unique: the new value must be nobody's.
+            unique = column in ("position", "stream_version")
+            new = 10_000 + position if unique else changed(t.events.c[column], old)
+            connection.execute(t.events.update().where(where).values({column: new}))
+        with pytest.raises(Corrupt) as error:
+            sqlite_store.check()
+        assert error.value.extra["invariant"] in ("I1", "I2", "I3", "I14")
+        with as_owner(settings) as connection:
+            at = t.events.c.position == (new if column == "position" else position)
+            connection.execute(t.events.update().where(at).values({column: old}))
+    sqlite_store.check()
+
+
+@pytest.mark.parametrize("column", ["data", "created_us", "idempotency_key", "body", "seq", "actor", "hash"])
+def test_a_change_is_detected_on_both_databases(
+    store: EventStore, database_settings: Settings, column: str
+) -> None:
+    events = live(store)
+    position = next(item.position for item in events if isinstance(item.event, kinds.ForwardBackwardRequested))
+    with as_owner(database_settings) as connection:
+        where = t.events.c.position == position
+        old = connection.execute(sa.select(t.events.c[column]).where(where)).scalar_one()
+        connection.execute(t.events.update().where(where).values({column: changed(t.events.c[column], old)}))
+    with pytest.raises(Corrupt) as error:
+        store.check()
+    assert error.value.extra["position"] == position
+
+
+def test_a_removed_tail_is_detected(store: EventStore, database_settings: Settings) -> None:
+    events = live(store)
+    with as_owner(database_settings) as connection:
+        connection.execute(t.events.delete().where(t.events.c.position == len(events)))
+    with pytest.raises(Corrupt, match="I1"):
+        store.check()
+
+
+PROJECTED = [
+    column
+    for table in t.PROJECTIONS.values()
+    for column in table.columns
+    if not column.primary_key and column.name != "expires_us" and not isinstance(column.type, sa.Boolean)
+]
+OTHER_STATE = {"futures": "failed", "adapters": "removed", "checkpoints": "recovery", "batches": "lost"}
+
+
+def test_a_change_of_any_projected_column_is_detected(sqlite_store: EventStore, settings: Settings) -> None:
+    live(sqlite_store)
+    for column in PROJECTED:
+        table = column.table
+        assert isinstance(table, sa.Table)
+        keys = list(table.primary_key)
+        limited = any(isinstance(rule, sa.CheckConstraint) for rule in column.constraints)
+        query = sa.select(column, *keys).limit(1)
+        if limited:
+            query = query.where(column != OTHER_STATE[table.name])
+        with as_owner(settings) as connection:
+            row = connection.execute(query).first()
+            assert row is not None, f"the story has no such {column}"
+            new = OTHER_STATE[table.name] if limited else changed(column, row[0])
+            where = sa.and_(*(key == value for key, value in zip(keys, row[1:], strict=True)))
+            connection.execute(table.update().where(where).values({column.name: new}))
+        with pytest.raises(Corrupt) as error:
+            sqlite_store.check()
+        assert error.value.extra["invariant"] == "I5", column
+        with as_owner(settings) as connection:
+            connection.execute(table.update().where(where).values({column.name: row[0]}))
+    sqlite_store.check()
+
+
+def test_lost_and_changed_blobs_are_detected(store: EventStore, database_settings: Settings) -> None:
+    events = live(store)
+    saved = next(item for item in events if isinstance(item.event, kinds.SaveCompleted))
+    path = store._blobs.path(saved.blobs["weights"])
+    data = path.read_bytes()
+    path.write_bytes(b"x" + data[1:])
+    for ask in (store.check, lambda: store.blob(saved.blobs["weights"])):
+        with pytest.raises(Corrupt):
+            ask()
+    path.unlink()
+    with pytest.raises(Corrupt, match="missing"):
+        store.check()
+    path.write_bytes(data)
+    store.check()
+    with as_owner(database_settings) as connection:
+        connection.execute(t.event_blobs.update().where(t.event_blobs.c.name == "optimizer").values(name="other"))
+    with pytest.raises(Corrupt, match="I3"):
+        store.check()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE events SET tenant = 'mallory'",
+        "DELETE FROM events",
+        "DELETE FROM events WHERE position = 1",
+        "UPDATE event_blobs SET name = 'x'",
+        "DELETE FROM event_blobs",
+        "TRUNCATE events CASCADE",
+        "TRUNCATE event_blobs",
+    ],
+)
+def test_the_log_is_append_only(store: EventStore, database_settings: Settings, statement: str) -> None:
+    live(store)
+    engine = sa.create_engine(database_settings.url, poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        # SQLite has no TRUNCATE; there the statement is refused as unknown.
+        refused = "append-only" if connection.dialect.name == "postgresql" or "TRUNCATE" not in statement else "syntax"
+        with pytest.raises(sa.exc.DBAPIError, match=refused):
+            connection.exec_driver_sql(statement)
+    engine.dispose()
+    store.check()
+
+
+def test_the_database_itself_refuses_a_second_result(store: EventStore, database_settings: Settings) -> None:
+    events = live(store)
+    answered = next(item for item in events if isinstance(item.event, kinds.Result))
+    engine = make_engine(database_settings.url, role="writer")
+    with engine.connect() as connection:
+        row = connection.execute(sa.select(t.events).where(t.events.c.position == answered.position)).mappings().one()
+        second = {**row, "position": 999, "stream_version": 999, "type": "add_lora.failed"}
+        with pytest.raises(sa.exc.IntegrityError):
+            connection.execute(t.events.insert(), [second])
+    engine.dispose()

@@ -1,0 +1,191 @@
+"""A subscriber sees every event exactly once, in order, whoever wrote it (invariant I11). On SQLite and Postgres."""
+
+import asyncio
+import multiprocessing
+import threading
+import time
+from collections.abc import Sequence
+
+import msgspec
+import pytest
+
+from tests.support import log
+from tinkerbell.config import Settings
+from tinkerbell.events.futures import FutureWaiter
+from tinkerbell.events.kinds import Recorded
+from tinkerbell.events.store import EventStore
+from tinkerbell.events.tail import PAGE_EVENTS
+
+
+class Reader:
+    """A subscriber that notes positions and can be waited for."""
+
+    def __init__(self) -> None:
+        self.positions: list[int] = []
+        self._changed = threading.Condition()
+
+    def __call__(self, events: Sequence[Recorded]) -> None:
+        with self._changed:
+            self.positions += [item.position for item in events]
+            self._changed.notify_all()
+
+    def wait_for(self, position: int, timeout_s: float = 20) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.positions and self.positions[-1] >= position, timeout_s)
+
+
+def write_from_another_process(settings: bytes, name: str, count: int) -> None:
+    """Runs in a child: an adapter of its own with many requests, some of them several together."""
+    store = EventStore.open(msgspec.json.decode(settings, type=Settings))
+    store.append(log.add_lora(name))
+    for number in range(count):
+        (asked, _) = store.append(log.sample(name), log.forward_backward(name, key=f"{name}-{number}"))
+        store.append(log.sample_completed(asked))
+    store.close()
+
+
+def test_two_processes_write_and_everybody_sees_all(store: EventStore, database_settings: Settings) -> None:
+    reader, late = Reader(), Reader()
+    store.subscribe(reader)
+    context = multiprocessing.get_context("spawn")
+    encoded = msgspec.json.encode(database_settings)
+    children = [
+        context.Process(target=write_from_another_process, args=(encoded, f"ad_child{n}", 20)) for n in range(2)
+    ]
+    for child in children:
+        child.start()
+    own = 0
+    store.append(log.add_lora("ad_own"))
+    while any(child.is_alive() for child in children):
+        store.append(log.forward_backward("ad_own"))
+        own += 1
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    head = store.head()
+    assert head == 3 + 2 * 20 * 3 + own
+    reader.wait_for(head)
+    store.subscribe(late, after=5)
+    late.wait_for(head)
+    assert reader.positions == list(range(1, head + 1))
+    assert late.positions == list(range(6, head + 1))
+    report = store.check()
+    assert report.num_events == head and report.num_results == 40
+
+
+def test_a_subscriber_far_behind_catches_up_while_others_go_on(sqlite_store: EventStore) -> None:
+    store = sqlite_store
+    store.append(log.add_lora())
+    futures = [store.submit(log.optim_step()) for _ in range(2 * PAGE_EVENTS + 50)]
+    head = futures[-1].result()[0].position
+    live, behind = Reader(), Reader()
+    store.subscribe(live)
+    store.subscribe(behind, after=0)
+    (newest,) = store.append(log.optim_step())
+    live.wait_for(newest.position)
+    behind.wait_for(newest.position)
+    assert live.positions == [head + 1]
+    assert behind.positions == list(range(1, head + 2))
+
+
+def test_events_are_what_reading_gives(store: EventStore) -> None:
+    got: list[Recorded] = []
+    seen = threading.Event()
+    store.subscribe(lambda events: (got.extend(events), len(got) == 3 and seen.set()))  # type: ignore[func-returns-value]
+    (asked,) = store.append(log.add_lora())
+    store.append(log.add_lora_completed(asked), log.forward_backward())
+    assert seen.wait(5)
+    assert got == store.read()
+
+
+def test_unsubscribed_is_not_called_and_a_failing_subscriber_harms_nobody(
+    sqlite_store: EventStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = sqlite_store
+
+    def broken(events: Sequence[Recorded]) -> None:
+        raise RuntimeError("a bug")
+
+    gone, healthy = Reader(), Reader()
+    unsubscribe = store.subscribe(gone)
+    store.subscribe(broken)
+    store.subscribe(healthy)
+    unsubscribe()
+    unsubscribe()
+    store.append(log.add_lora())
+    store.append(log.optim_step())
+    healthy.wait_for(2)
+    assert healthy.positions == [1, 2] and gone.positions == []
+    assert "a bug" in caplog.text
+
+
+def test_local_commits_are_handed_over_at_once(sqlite_store: EventStore) -> None:
+    store = sqlite_store
+    store.append(log.add_lora())
+    reader = Reader()
+    store.subscribe(reader)
+    threading.Event().wait(0.3)
+    delays = []
+    for _ in range(20):
+        (recorded,) = store.append(log.optim_step())
+        start = time.perf_counter()
+        reader.wait_for(recorded.position)
+        delays.append(time.perf_counter() - start)
+    # Far less than the 250 ms between two looks at the database.
+    assert sorted(delays)[10] < 0.1
+
+
+def test_future_waiter(store: EventStore) -> None:
+    (added,) = store.append(log.add_lora())
+    store.append(log.add_lora_completed(added))
+    first, second, third = store.append(log.forward_backward(), log.forward_backward(), log.forward_backward())
+
+    async def scenario() -> None:
+        waiter = FutureWaiter(store)
+        await waiter.start()
+        done = await waiter.wait("alice", added.position, 5)
+        assert done is not None and done.state == "completed" and done.result_position == 2
+        assert await waiter.wait("alice", 999, 5) is None
+        assert await waiter.wait("bob", added.position, 5) is None, "another tenant's future is no future"
+        start = time.perf_counter()
+        pending = await waiter.wait("alice", first.position, 0.05)
+        assert pending is not None and pending.state == "pending"
+        assert 0.04 < time.perf_counter() - start < 2
+        waits = [asyncio.create_task(waiter.wait("alice", first.position, 20)) for _ in range(3)]
+        other = asyncio.create_task(waiter.wait("alice", second.position, 20))
+        await asyncio.sleep(0.05)
+        await asyncio.to_thread(store.append, log.forward_backward_completed(first))
+        rows = await asyncio.wait_for(asyncio.gather(*waits), 10)
+        assert [row.state for row in rows if row] == ["completed"] * 3
+        assert not other.done()
+        await asyncio.to_thread(store.append, log.failed(second))
+        row = await asyncio.wait_for(other, 10)
+        assert row is not None and row.state == "failed"
+        last = asyncio.create_task(waiter.wait("alice", third.position, 60))
+        await asyncio.sleep(0.05)
+        await waiter.stop()
+        row = await asyncio.wait_for(last, 5)
+        assert row is not None and row.state == "pending", "stop wakes who waits"
+        row = await asyncio.wait_for(waiter.wait("alice", third.position, 60), 5)
+        assert row is not None and row.state == "pending"
+        assert waiter._waiting == {}
+
+    asyncio.run(scenario())
+
+
+def test_answers_of_another_process_wake_waiters(store: EventStore, database_settings: Settings) -> None:
+    (asked,) = store.append(log.add_lora())
+    other = EventStore.open(database_settings)
+
+    async def scenario() -> int | None:
+        waiter = FutureWaiter(store)
+        await waiter.start()
+        waiting = asyncio.create_task(waiter.wait("alice", asked.position, 20))
+        await asyncio.sleep(0.05)
+        await asyncio.to_thread(other.append, log.add_lora_completed(asked))
+        row = await asyncio.wait_for(waiting, 10)
+        await waiter.stop()
+        return row.result_position if row else None
+
+    assert asyncio.run(scenario()) == 2
+    other.close()

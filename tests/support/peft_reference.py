@@ -1,0 +1,106 @@
+"""The reference: Hugging Face model + PEFT + torch.optim.AdamW, one adapter, one sequence at a time."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinkerbell.executors.hf.adapter import Adapter
+from tinkerbell.types import AdamParams, Datum
+
+LossOf = Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
+
+
+class Reference:
+    """One adapter on its own copy of the model, in `dtype`."""
+
+    def __init__(self, directory: Path, adapter: Adapter, dtype: torch.dtype, adam: AdamParams | None = None) -> None:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, attn_implementation="sdpa")
+        config = LoraConfig(
+            r=adapter.lora.rank,
+            lora_alpha=adapter.lora.alpha,  # type: ignore[arg-type]
+            target_modules=sorted({name.rsplit(".", 1)[-1] for name in adapter.layout.shapes}),
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+        self.model: Any = quietly(get_peft_model, base, config).eval()
+        self.parameters: list[torch.nn.Parameter] = []
+        found = dict(self.model.named_parameters())
+        for name, pair in adapter.weights.pairs.items():
+            for factor, ours in (("lora_A", pair.A), ("lora_B", pair.B)):
+                parameter = found[f"base_model.model.{name}.{factor}.default.weight"]
+                parameter.data = ours.detach().to(dtype, copy=True)
+                self.parameters.append(parameter)
+        trainable = sum(parameter.requires_grad for parameter in found.values())
+        assert trainable == len(self.parameters)
+        adam = adam or AdamParams(learning_rate=1e-3)
+        self.clip = adam.grad_clip_norm
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps,
+            weight_decay=adam.weight_decay,
+        )  # fmt: skip
+
+    def forward(self, datum: Datum) -> torch.Tensor:
+        """[N] logprobs of the targets."""
+        tokens = torch.from_numpy(np.frombuffer(datum.tokens, "<i4").astype("int64"))
+        targets = torch.from_numpy(np.frombuffer(datum.targets, "<i4").astype("int64"))
+        logits = self.model(input_ids=tokens[None], use_cache=False).logits[0]
+        return torch.log_softmax(logits, -1).gather(-1, targets[:, None]).squeeze(-1)
+
+    def forward_backward(self, data: list[Datum], loss_of: LossOf | None = None) -> float:
+        """Adds gradients; returns the summed loss. Default: weighted cross-entropy."""
+        total = 0.0
+        for datum in data:
+            inputs = {
+                name: torch.from_numpy(np.frombuffer(array, "<f4").copy()) for name, array in datum.loss_inputs.items()
+            }
+            logprobs = self.forward(datum)
+            loss = loss_of(logprobs, inputs) if loss_of else -(logprobs * inputs.get("weights", 1.0)).sum()
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def gradient(self) -> torch.Tensor:
+        """[P] in the order of `Adapter`'s flat buffer."""
+        return torch.cat([_grad(parameter).reshape(-1) for parameter in self.parameters])
+
+    def weights(self) -> torch.Tensor:
+        """[P] in the order of `Adapter`'s flat buffer."""
+        return torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters])
+
+    def set_weights(self, flat: torch.Tensor) -> None:
+        """Take the weights [P] of `Adapter`'s flat buffer."""
+        parts = flat.split([parameter.numel() for parameter in self.parameters])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.data.copy_(part.view_as(parameter))
+
+    def step(self) -> None:
+        """Clip as the adapter's settings say, one AdamW step, clear gradients."""
+        if self.clip > 0:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def quietly(make: Callable[..., Any], *args: Any) -> Any:
+    """Call PEFT without its own deprecation warnings about transformers and its remarks on tied weights."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make(*args)
+
+
+def _grad(parameter: torch.nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """|found - expected| / |expected| in the L2 norm, fp64."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())

@@ -1,0 +1,1 @@
+"""What happened: the append-only log, its projections and everything that reads them."""

@@ -1,0 +1,171 @@
+"""Verifies the whole log against its invariants, in one pass and one snapshot.
+
+I1  positions are 1..N and log_head says N (so a cursor that is one number misses nothing: I11)
+I2  versions of a stream are 0, 1, 2, ... and `streams` has the last one
+I3  every hash is the hash of its row and of the one before it
+I4  every result answers an earlier request of the same tenant, adapter and kind, and is its only one
+I5  every projection is the fold of the log
+I6  usage is the sum of the results' costs; a batch's charges sum to the time it was busy, a request's to its cost
+I7  seqs of an adapter are 0, 1, 2, ... and are answered in that order
+I9  an idempotency key stands for one request, and its hash is kept
+I10 what was fenced carries the epoch that held then; epochs of a lease are 1, 2, 3, ...
+I13 what a refused submit would have left behind: rows of no event (blobs' names, projections)
+I14 every body and blob is there and has the bytes that were written
+"""
+
+from collections.abc import Iterator
+from typing import NoReturn
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy import RowMapping
+
+from tinkerbell.errors import Corrupt
+from tinkerbell.events import kinds, projections
+from tinkerbell.events import tables as t
+from tinkerbell.events.blobs import BlobStore
+from tinkerbell.events.chain import GENESIS, link
+from tinkerbell.events.check_contents import Contents
+from tinkerbell.events.check_requests import Requests
+from tinkerbell.events.codec import decode_event
+from tinkerbell.events.kinds import Recorded
+from tinkerbell.events.reading import blobs_of
+from tinkerbell.events.rules import record
+
+PAGE_EVENTS = 500
+
+
+class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What was verified."""
+
+    num_events: int
+    num_streams: int
+    num_requests: int
+    num_results: int
+    num_pending: int
+    num_adapters: int
+    num_blobs: int
+    blob_bytes: int
+    cost_us: int
+    """Charged in all."""
+    invariants: tuple[str, ...] = ("I1", "I2", "I3", "I4", "I5", "I6", "I7", "I9", "I10", "I11", "I13", "I14")
+
+
+def refuse(invariant: str, position: int | None, why: str) -> NoReturn:
+    """Raise Corrupt that says which invariant does not hold, and where."""
+    where = f" at position {position}" if position is not None else ""
+    raise Corrupt(f"{invariant}{where}: {why}", invariant=invariant, position=position)
+
+
+def check(connection: sa.Connection, blobs: BlobStore) -> CheckReport:
+    """Verify everything that this connection sees. Memory: the projections and one page of events."""
+    heads: dict[str, tuple[int, bytes]] = {}
+    requests, contents = Requests(), Contents(blobs)
+    folded: projections.Tables = {}
+    position = 0
+    for row, named in _rows(connection):
+        position += 1
+        if row["position"] != position:
+            refuse("I1", position, f"the next event has position {row['position']}")
+        _check_chain(heads, row, named)
+        contents.see(row, named)
+        recorded = record(row, decode_event(row["type"], row["schema_version"], row["data"]), named)
+        if kinds.type_of(recorded.event) != row["type"]:
+            refuse("I3", position, f"the type is {row['type']}, the data says {kinds.type_of(recorded.event)}")
+        cause = requests.see(row, recorded)
+        for change in projections.fold(recorded, cause):
+            projections.apply(folded, change)
+    head = connection.execute(sa.select(t.log_head.c.position)).scalar_one()
+    if head != position:
+        refuse("I1", None, f"log_head says {head}, the log ends at {position}")
+    _check_heads(connection, heads)
+    requests.end()
+    contents.end(connection)
+    _check_projections(connection, folded)
+    _check_usage(connection, requests.cost_us)
+    return CheckReport(
+        num_events=position,
+        num_streams=len(heads),
+        num_requests=requests.num_requests,
+        num_results=requests.num_results,
+        num_pending=requests.num_requests - requests.num_results,
+        num_adapters=len(folded.get("adapters", {})),
+        num_blobs=contents.num_blobs,
+        blob_bytes=contents.num_bytes,
+        cost_us=requests.cost_us,
+    )
+
+
+def rebuild(events: Iterator[Recorded]) -> projections.Tables:
+    """The projections of a log from position 1, folded in memory."""
+    tables: projections.Tables = {}
+    causes: dict[int, projections.Cause] = {}
+    for recorded in events:
+        if isinstance(recorded.event, kinds.Request):
+            causes[recorded.position] = projections.cause_of(recorded)
+        cause = causes.get(recorded.causation) if recorded.causation is not None else None
+        for change in projections.fold(recorded, cause):
+            projections.apply(tables, change)
+    return tables
+
+
+def stored_projections(connection: sa.Connection) -> projections.Tables:
+    """The projections as they are in the database, without what is no fold of the log (leases' expiry)."""
+    return {
+        name: {
+            tuple(row[key] for key in projections.KEYS[name]): {
+                column: value
+                for column, value in row.items()
+                if column not in projections.KEYS[name] and column != "expires_us"
+            }
+            for row in connection.execute(sa.select(table)).mappings()
+        }
+        for name, table in t.PROJECTIONS.items()
+    }
+
+
+def _rows(connection: sa.Connection) -> Iterator[tuple[RowMapping, dict[str, bytes]]]:
+    after = 0
+    while True:
+        query = sa.select(t.events).where(t.events.c.position > after).order_by(t.events.c.position)
+        rows = connection.execute(query.limit(PAGE_EVENTS)).mappings().all()
+        if not rows:
+            return
+        named = blobs_of(connection, rows)
+        for row in rows:
+            yield row, named.get(row["position"], {})
+        after = rows[-1]["position"]
+
+
+def _check_chain(heads: dict[str, tuple[int, bytes]], row: RowMapping, named: dict[str, bytes]) -> None:
+    version, prev_hash = heads.get(row["stream"], (-1, GENESIS))
+    if row["stream_version"] != version + 1:
+        refuse("I2", row["position"], f"{row['stream']} goes from version {version} to {row['stream_version']}")
+    if row["prev_hash"] != prev_hash:
+        refuse("I3", row["position"], f"it does not continue {row['stream']}")
+    if row["hash"] != link(prev_hash, row, named):
+        refuse("I3", row["position"], "its hash is not that of its columns")
+    heads[row["stream"]] = (version + 1, row["hash"])
+
+
+def _check_heads(connection: sa.Connection, heads: dict[str, tuple[int, bytes]]) -> None:
+    stored = {row.stream: (row.version, row.head_hash) for row in connection.execute(sa.select(t.streams))}
+    if stored != heads:
+        wrong = sorted(name for name in stored.keys() | heads.keys() if stored.get(name) != heads.get(name))
+        refuse("I2", None, f"the head of {', '.join(wrong[:3])} is not its last event")
+
+
+def _check_projections(connection: sa.Connection, folded: projections.Tables) -> None:
+    for name, stored in stored_projections(connection).items():
+        expected = folded.get(name, {})
+        if stored != expected:
+            wrong = [key for key in stored.keys() | expected.keys() if stored.get(key) != expected.get(key)]
+            first = min(wrong)
+            refuse("I5", None, f"{name} {first}: stored {stored.get(first)}, the log gives {expected.get(first)}")
+
+
+def _check_usage(connection: sa.Connection, cost_us: int) -> None:
+    total = connection.execute(sa.select(sa.cast(sa.func.coalesce(sa.func.sum(t.usage.c.cost_us), 0), t.Big)))
+    billed = total.scalar_one()
+    if billed != cost_us:
+        refuse("I6", None, f"usage has {billed} us, the results cost {cost_us} us")

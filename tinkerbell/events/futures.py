@@ -1,0 +1,66 @@
+"""Waiting for the answer of a request, from asyncio: one subscription for a whole process."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from tinkerbell.events.kinds import Recorded, Result
+from tinkerbell.events.rows import FutureRow
+from tinkerbell.events.store import EventStore
+
+
+class FutureWaiter:
+    """Wakes waiters when the log has their answer. Used from one event loop; start it before waiting."""
+
+    def __init__(self, store: EventStore) -> None:
+        self._store = store
+        self._waiting: dict[int, set[asyncio.Future[None]]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._unsubscribe: Callable[[], None] | None = None
+        self._stopped = False
+
+    async def start(self) -> None:
+        """Subscribe to the log."""
+        self._loop = asyncio.get_running_loop()
+        self._unsubscribe = await asyncio.to_thread(self._store.subscribe, self._on_events)
+
+    async def stop(self) -> None:
+        """Wake every waiter at once; from now on nobody waits."""
+        self._stopped = True
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+        self._wake(list(self._waiting))
+
+    async def wait(self, tenant: str, id: int, wait_s: float) -> FutureRow | None:
+        """The tenant's future once it is answered, or as it is after `wait_s` seconds or at `stop`; None if the
+        tenant has no such future."""
+        assert self._loop is not None, "FutureWaiter.start was not called"
+        answered: asyncio.Future[None] = self._loop.create_future()
+        # Registered before the row is read: an answer in between is not missed.
+        self._waiting.setdefault(id, set()).add(answered)
+        try:
+            row = await asyncio.to_thread(self._store.queries.future, tenant, id)
+            if row is None or row.state != "pending" or wait_s <= 0 or self._stopped:
+                return row
+            done, _ = await asyncio.wait([answered], timeout=wait_s)
+            return await asyncio.to_thread(self._store.queries.future, tenant, id) if done else row
+        finally:
+            answered.cancel()
+            others = self._waiting.get(id)
+            if others is not None:
+                others.discard(answered)
+                if not others:
+                    del self._waiting[id]
+
+    def _on_events(self, events: Sequence[Recorded]) -> None:
+        """On the store's tail thread."""
+        ids = [
+            item.causation for item in events if item.causation is not None and isinstance(item.event, Result)
+        ]
+        if ids and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._wake, ids)
+
+    def _wake(self, ids: list[int]) -> None:
+        for id_ in ids:
+            for answered in self._waiting.get(id_, ()):
+                if not answered.done():
+                    answered.set_result(None)

@@ -1,0 +1,293 @@
+"""Pure folds: what one event changes in the projections. No database, no clock: replaying the log gives the tables.
+
+`fold` gives changes; `projector.py` applies them with SQL in the append transaction, `apply` to plain dicts.
+"""
+
+from typing import Any
+
+import msgspec
+
+from tinkerbell.events import kinds
+from tinkerbell.events.codec import canonical_json
+from tinkerbell.events.kinds import Recorded
+from tinkerbell.types import LoraConfig
+
+Key = tuple[Any, ...]
+Row = dict[str, Any]
+Tables = dict[str, dict[Key, Row]]
+"""Table -> key -> the other columns."""
+
+KEYS: dict[str, tuple[str, ...]] = {
+    "futures": ("id",),
+    "adapters": ("id",),
+    "checkpoints": ("id",),
+    "usage": ("hour_us", "tenant", "adapter", "kind"),
+    "leases": ("resource",),
+    "tenants": ("tenant",),
+    "api_keys": ("key_id",),
+    "environments": ("position",),
+    "batches": ("id",),
+}
+"""Primary key of each projection."""
+
+HOUR_US = 3_600_000_000
+
+
+class Put(msgspec.Struct, frozen=True):
+    """The row with this key is now this one."""
+
+    table: str
+    key: Key
+    values: Row
+
+
+class Set(msgspec.Struct, frozen=True):
+    """These columns of the row change; nothing happens where there is no such row."""
+
+    table: str
+    key: Key
+    values: Row
+
+
+class Add(msgspec.Struct, frozen=True):
+    """These numbers are added to the row, which starts from zero."""
+
+    table: str
+    key: Key
+    values: Row
+
+
+Change = Put | Set | Add
+
+
+class Cause(msgspec.Struct, frozen=True):
+    """What a fold needs to know of the request that a result answers."""
+
+    tenant: str
+    adapter: str | None
+    seq: int | None
+    kind: str
+    num_tokens: int
+    answered: bool = False
+
+
+def num_tokens_of(event: kinds.Request) -> int:
+    """Tokens a request brings with it."""
+    match event:
+        case kinds.ForwardRequested() | kinds.ForwardBackwardRequested() | kinds.SampleRequested():
+            return event.num_tokens
+        case _:
+            return 0
+
+
+def cause_of(recorded: Recorded) -> Cause:
+    """The request of this event as its result will see it."""
+    assert isinstance(recorded.event, kinds.Request)
+    kind, tokens = kinds.kind_of(recorded.event), num_tokens_of(recorded.event)
+    return Cause(recorded.tenant, recorded.adapter, recorded.seq, kind, tokens)
+
+
+def fold(recorded: Recorded, cause: Cause | None) -> list[Change]:
+    """What this event changes. `cause`: the request a result answers, None for every other event."""
+    event = recorded.event
+    match event:
+        case kinds.Request():
+            return _request(recorded, event)
+        case kinds.Result():
+            assert cause is not None
+            return _result(recorded, event, cause)
+        case kinds.BatchPlanned():
+            return [Put("batches", (event.batch,), _planned(recorded, event))]
+        case kinds.BatchRan():
+            done = {"state": "ran", "busy_us": event.busy_us, "done_us": recorded.at_us}
+            return [Set("batches", (event.batch,), done)]
+        case kinds.BatchLost():
+            return [Set("batches", (event.batch,), {"state": "lost", "done_us": recorded.at_us})]
+        case kinds.CheckpointWritten():
+            return [_checkpoint(recorded, event, kind="recovery", name=None, after_seq=event.after_seq)]
+        case kinds.EnvironmentRecorded():
+            values = {
+                "digest": event.digest,
+                "executor": event.executor,
+                "model": event.model.name,
+                "exact": event.exact,
+                "created_us": recorded.at_us,
+            }
+            return [Put("environments", (recorded.position,), values)]
+        case kinds.LeaseGranted():
+            return [Put("leases", (event.resource,), {"holder": event.holder, "epoch": event.epoch})]
+        case kinds.KeyCreated():
+            values = {
+                "tenant": recorded.tenant,
+                "key_hash": event.key_hash,
+                "admin": event.admin,
+                "note": event.note,
+                "created_us": recorded.at_us,
+                "revoked_us": None,
+            }
+            return [Put("api_keys", (event.key_id,), values)]
+        case kinds.KeyRevoked():
+            return [Set("api_keys", (event.key_id,), {"revoked_us": recorded.at_us})]
+        case kinds.TenantConfigured():
+            values = {
+                "weight": event.weight,
+                "max_pending_requests": event.max_pending_requests,
+                "max_pending_tokens": event.max_pending_tokens,
+                "max_adapters": event.max_adapters,
+            }
+            return [Put("tenants", (recorded.tenant,), values)]
+        case _:
+            raise TypeError(f"no fold for {type(event).__name__}")
+
+
+def apply(tables: Tables, change: Change) -> None:
+    """Make one change to projections held in memory."""
+    table = tables.setdefault(change.table, {})
+    match change:
+        case Put():
+            table[change.key] = dict(change.values)
+        case Set():
+            if change.key in table:
+                table[change.key].update(change.values)
+        case Add():
+            row = table.setdefault(change.key, {})
+            for column, value in change.values.items():
+                row[column] = row.get(column, 0) + value
+
+
+def _request(recorded: Recorded, event: kinds.Request) -> list[Change]:
+    values: Row = {
+        "tenant": recorded.tenant,
+        "adapter": recorded.adapter,
+        "seq": recorded.seq,
+        "kind": kinds.kind_of(event),
+        "state": "pending",
+        "num_tokens": num_tokens_of(event),
+        "tokens_out": 0,
+        "result_position": None,
+        "cost_us": None,
+        "created_us": recorded.at_us,
+        "done_us": None,
+    }
+    changes: list[Change] = [Put("futures", (recorded.position,), values)]
+    if isinstance(event, kinds.AddLoraRequested):
+        changes.append(Put("adapters", (recorded.adapter,), _adapter(recorded, event)))
+    elif recorded.seq is not None:
+        changes.append(Set("adapters", (recorded.adapter,), {"next_seq": recorded.seq + 1}))
+    return changes
+
+
+def _adapter(recorded: Recorded, event: kinds.AddLoraRequested) -> Row:
+    return {
+        "tenant": recorded.tenant,
+        "name": event.name,
+        "base_model": event.base_model,
+        "lora": canonical_json(event.lora),
+        "seed": event.seed,
+        "checkpoint": event.checkpoint,
+        "with_optimizer": event.with_optimizer,
+        "state": "pending",
+        "num_parameters": None,
+        "step": 0,
+        "next_seq": 1,
+        "done_seq": -1,
+        "last_loss": None,
+        "state_digest": None,
+        "created_us": recorded.at_us,
+    }
+
+
+def _result(recorded: Recorded, event: kinds.Result, cause: Cause) -> list[Change]:
+    failed = isinstance(event, kinds.Failed)
+    tokens_out = event.num_sampled_tokens if isinstance(event, kinds.SampleCompleted) else 0
+    answered = {
+        "state": "failed" if failed else "completed",
+        "tokens_out": tokens_out,
+        "result_position": recorded.position,
+        "cost_us": event.cost_us,
+        "done_us": recorded.at_us,
+    }
+    hour = recorded.at_us - recorded.at_us % HOUR_US
+    used = {
+        "num_requests": 1,
+        "tokens_in": 0 if failed else cause.num_tokens,
+        "tokens_out": tokens_out,
+        "cost_us": event.cost_us,
+    }
+    assert recorded.causation is not None
+    changes: list[Change] = [
+        Set("futures", (recorded.causation,), answered),
+        Add("usage", (hour, cause.tenant, cause.adapter or "", cause.kind), used),
+    ]
+    effect = _effect(event)
+    if cause.seq is not None:
+        effect["done_seq"] = cause.seq
+    if cause.adapter is not None and effect:
+        changes.append(Set("adapters", (cause.adapter,), effect))
+    if isinstance(event, kinds.SaveCompleted):
+        assert cause.seq is not None
+        changes.append(_checkpoint(recorded, event, kind="save", name=event.name, after_seq=cause.seq))
+    return changes
+
+
+def _effect(event: kinds.Result) -> Row:
+    """Columns of its adapter that a result changes."""
+    match event:
+        case kinds.AddLoraCompleted():
+            return {
+                "state": "ready",
+                "num_parameters": event.num_parameters,
+                "step": event.step,
+                "state_digest": event.state_digest,
+            }
+        case kinds.AddLoraFailed():
+            return {"state": "failed"}
+        case kinds.RemoveLoraCompleted():
+            return {"state": "removed"}
+        case kinds.ForwardBackwardCompleted():
+            return {"last_loss": event.loss / event.num_tokens} if event.num_tokens else {}
+        case kinds.OptimStepCompleted() | kinds.LoadCompleted():
+            return {"step": event.step, "state_digest": event.state_digest}
+        case _:
+            return {}
+
+
+def _checkpoint(
+    recorded: Recorded,
+    event: kinds.SaveCompleted | kinds.CheckpointWritten,
+    *,
+    kind: str,
+    name: str | None,
+    after_seq: int,
+) -> Put:
+    lora: LoraConfig = event.lora
+    values = {
+        "tenant": recorded.tenant,
+        "adapter": recorded.adapter,
+        "kind": kind,
+        "name": name,
+        "after_seq": after_seq,
+        "step": event.step,
+        "lora": canonical_json(lora),
+        "num_bytes": event.num_bytes,
+        "state_digest": event.state_digest,
+        "blobs": canonical_json(recorded.blobs),
+        "position": recorded.position,
+        "created_us": recorded.at_us,
+    }
+    return Put("checkpoints", (event.checkpoint,), values)
+
+
+def _planned(recorded: Recorded, event: kinds.BatchPlanned) -> Row:
+    return {
+        "lane": event.lane,
+        "environment": event.environment,
+        "state": "planned",
+        "num_units": len(event.units),
+        "num_requests": len({unit.request for unit in event.units}),
+        "estimated_us": event.estimated_us,
+        "busy_us": None,
+        "planned_us": recorded.at_us,
+        "done_us": None,
+        "position": recorded.position,
+    }

@@ -1,0 +1,273 @@
+"""Read-only questions to the projections. Whatever belongs to a tenant is asked for with the tenant."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy import RowMapping
+
+from tinkerbell.events import kinds, reading
+from tinkerbell.events import tables as t
+from tinkerbell.events.rows import (
+    AdapterRow,
+    CheckpointRow,
+    FutureRow,
+    KeyRow,
+    Row,
+    RunCounts,
+    RunPoint,
+    TenantRow,
+    UsageRow,
+)
+from tinkerbell.events.run_points import fold_run
+from tinkerbell.types import SYSTEM_TENANT
+
+__all__ = [
+    "AdapterRow",
+    "CheckpointRow",
+    "FutureRow",
+    "KeyRow",
+    "Queries",
+    "RunCounts",
+    "RunPoint",
+    "TenantRow",
+    "UsageRow",
+]
+
+R = TypeVar("R", bound=Row)
+RUN_TYPES = ("forward_backward.completed", "optim_step.completed", "load.completed")
+
+
+def _columns(table: sa.Table, row: type[Row]) -> list[sa.Column[Any]]:
+    return [table.c[name] for name in row.__struct_fields__]
+
+
+def _row(row: type[R], values: Mapping[Any, Any]) -> R:
+    return row(**values)
+
+
+def _with_json(values: RowMapping) -> dict[str, Any]:
+    decoded = {name: msgspec.json.decode(values[name]) for name in ("lora", "blobs") if name in values}
+    # Names of columns are a subclass of str, which msgspec does not take for one.
+    return {str(name): decoded.get(name, value) for name, value in values.items()}
+
+
+class Queries:
+    """Answers as of the last commit."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        self._environment: tuple[int, kinds.EnvironmentRecorded] | None = None
+
+    def _all(self, query: sa.Select[*tuple[Any, ...]]) -> list[RowMapping]:
+        with self._engine.connect() as connection:
+            return list(connection.execute(query).mappings())
+
+    def _first(self, query: sa.Select[*tuple[Any, ...]]) -> RowMapping | None:
+        rows = self._all(query)
+        return rows[0] if rows else None
+
+    # ---- requests --------------------------------------------------------------------------------------------------
+
+    def future(self, tenant: str, id: int) -> FutureRow | None:
+        """A request of the tenant."""
+        c = t.futures.c
+        row = self._first(sa.select(*_columns(t.futures, FutureRow)).where(c.id == id, c.tenant == tenant))
+        return _row(FutureRow, row) if row else None
+
+    def pending(self, tenant: str | None = None) -> list[FutureRow]:
+        """Requests without an answer, by position."""
+        query = sa.select(*_columns(t.futures, FutureRow)).where(sa.text(t.PENDING)).order_by(t.futures.c.id)
+        if tenant is not None:
+            query = query.where(t.futures.c.tenant == tenant)
+        return [_row(FutureRow, row) for row in self._all(query)]
+
+    def pending_count(self, tenant: str) -> tuple[int, int]:
+        """(requests, tokens) of the tenant that wait for their answer."""
+        tokens = sa.cast(sa.func.coalesce(sa.func.sum(t.futures.c.num_tokens), 0), t.Big)
+        query = sa.select(sa.func.count().label("requests"), tokens.label("tokens"))
+        row = self._first(query.where(t.futures.c.tenant == tenant, sa.text(t.PENDING)))
+        assert row is not None
+        return row["requests"], row["tokens"]
+
+    def place(self, tenant: str, id: int) -> int:
+        """How many pending requests of the tenant were accepted before this one."""
+        c = t.futures.c
+        query = sa.select(sa.func.count().label("before")).where(
+            c.tenant == tenant, c.id < id, sa.text(t.PENDING)
+        )
+        row = self._first(query)
+        assert row is not None
+        return int(row["before"])
+
+    # ---- adapters and checkpoints ------------------------------------------------------------------------------------
+
+    def adapter(self, tenant: str, id: str) -> AdapterRow | None:
+        """An adapter of the tenant, whatever its state."""
+        c = t.adapters.c
+        row = self._first(sa.select(*_columns(t.adapters, AdapterRow)).where(c.id == id, c.tenant == tenant))
+        return msgspec.convert(_with_json(row), AdapterRow) if row else None
+
+    def adapters(self, tenant: str | None = None) -> list[AdapterRow]:
+        """Adapters of the tenant (of all of them: None), oldest first."""
+        query = sa.select(*_columns(t.adapters, AdapterRow)).order_by(
+            t.adapters.c.created_us, t.adapters.c.id
+        )
+        if tenant is not None:
+            query = query.where(t.adapters.c.tenant == tenant)
+        return [msgspec.convert(_with_json(row), AdapterRow) for row in self._all(query)]
+
+    def checkpoint(self, tenant: str, id: str) -> CheckpointRow | None:
+        """A checkpoint of the tenant."""
+        c = t.checkpoints.c
+        row = self._first(
+            sa.select(*_columns(t.checkpoints, CheckpointRow)).where(c.id == id, c.tenant == tenant)
+        )
+        return msgspec.convert(_with_json(row), CheckpointRow) if row else None
+
+    def checkpoints(
+        self, tenant: str, adapter: str | None = None, kind: str | None = "save"
+    ) -> list[CheckpointRow]:
+        """Checkpoints of the tenant, oldest first; `kind` None: the server's recovery points too."""
+        c = t.checkpoints.c
+        query = (
+            sa.select(*_columns(t.checkpoints, CheckpointRow)).where(c.tenant == tenant).order_by(c.position)
+        )
+        if adapter is not None:
+            query = query.where(c.adapter == adapter)
+        if kind is not None:
+            query = query.where(c.kind == kind)
+        return [msgspec.convert(_with_json(row), CheckpointRow) for row in self._all(query)]
+
+    def latest_checkpoint(self, adapter: str, up_to_seq: int) -> CheckpointRow | None:
+        """The adapter's checkpoint of any kind with the highest after_seq that is at most `up_to_seq`."""
+        c = t.checkpoints.c
+        query = (
+            sa.select(*_columns(t.checkpoints, CheckpointRow))
+            .where(c.adapter == adapter, c.after_seq <= up_to_seq)
+            .order_by(c.after_seq.desc(), c.position.desc())
+            .limit(1)
+        )
+        row = self._first(query)
+        return msgspec.convert(_with_json(row), CheckpointRow) if row else None
+
+    # ---- tenants and keys --------------------------------------------------------------------------------------------
+
+    def key(self, key_id: str) -> KeyRow | None:
+        """An API key, revoked or not."""
+        row = self._first(sa.select(*_columns(t.api_keys, KeyRow)).where(t.api_keys.c.key_id == key_id))
+        return _row(KeyRow, row) if row else None
+
+    def keys(self, tenant: str | None = None) -> list[KeyRow]:
+        """API keys, oldest first, the revoked ones too."""
+        query = sa.select(*_columns(t.api_keys, KeyRow)).order_by(
+            t.api_keys.c.created_us, t.api_keys.c.key_id
+        )
+        if tenant is not None:
+            query = query.where(t.api_keys.c.tenant == tenant)
+        return [_row(KeyRow, row) for row in self._all(query)]
+
+    def tenant(self, tenant: str) -> TenantRow:
+        """Share and limits of the tenant; the defaults if they were never set."""
+        row = self._first(sa.select(*_columns(t.tenants, TenantRow)).where(t.tenants.c.tenant == tenant))
+        return _row(TenantRow, row) if row else TenantRow(tenant=tenant)
+
+    def tenants(self) -> list[str]:
+        """Every tenant the log has an event of, by name, without the system's own."""
+        c = t.streams.c
+        query = sa.select(c.tenant).where(c.tenant != SYSTEM_TENANT).distinct().order_by(c.tenant)
+        return [row["tenant"] for row in self._all(query)]
+
+    # ---- usage -------------------------------------------------------------------------------------------------------
+
+    def usage(self, tenant: str | None = None) -> list[UsageRow]:
+        """All that was ever used, by tenant, adapter and kind."""
+        c = t.usage.c
+        sums = [
+            sa.cast(sa.func.sum(c[name]), t.Big).label(name)
+            for name in ("num_requests", "tokens_in", "tokens_out", "cost_us")
+        ]
+        keys = (c.tenant, c.adapter, c.kind)
+        query = sa.select(*keys, *sums).group_by(*keys).order_by(*keys)
+        if tenant is not None:
+            query = query.where(c.tenant == tenant)
+        return [_row(UsageRow, {**row, "adapter": row["adapter"] or None}) for row in self._all(query)]
+
+    def recent_usage(self, since_us: int, tenant: str | None = None) -> dict[str, tuple[int, int]]:
+        """Tenant -> (cost_us, tokens in and out) of what was answered after `since_us`."""
+        c = t.futures.c
+        cost = sa.cast(sa.func.sum(c.cost_us), t.Big).label("cost_us")
+        tokens = sa.cast(sa.func.sum(c.num_tokens + c.tokens_out), t.Big).label("tokens")
+        query = (
+            sa.select(c.tenant, cost, tokens)
+            .where(c.done_us > since_us)
+            .group_by(c.tenant)
+            .order_by(c.tenant)
+        )
+        if tenant is not None:
+            query = query.where(c.tenant == tenant)
+        return {row["tenant"]: (row["cost_us"], row["tokens"]) for row in self._all(query)}
+
+    # ---- runs --------------------------------------------------------------------------------------------------------
+
+    def run_points(
+        self, tenant: str, adapter: str, after_step: int = 0, limit: int = 10_000
+    ) -> list[RunPoint]:
+        """The adapter's optimizer steps with a number above `after_step`, oldest first.
+
+        A load can take the step count back; then the points after the run was last at `after_step` or below.
+        """
+        e, q = t.events.alias(), t.events.alias()
+        mine = sa.and_(e.c.tenant == tenant, e.c.adapter == adapter)
+        start = 0
+        if after_step > 0:
+            steps = sa.text(
+                "SELECT coalesce(max(position), 0) FROM audit_optim_steps WHERE adapter = :a AND step <= :s"
+            )
+            with self._engine.connect() as connection:
+                start = int(connection.execute(steps, {"a": adapter, "s": after_step}).scalar_one())
+        query = (
+            sa.select(
+                e.c.type, e.c.schema_version, e.c.data, e.c.created_us, q.c.type, q.c.schema_version, q.c.data
+            )
+            .join(q, q.c.position == e.c.causation)
+            .where(mine, e.c.type.in_(RUN_TYPES), e.c.position > start)
+            .order_by(e.c.position)
+        )
+        with self._engine.connect() as connection:
+            points = fold_run(tuple(row) for row in connection.execute(query))
+            return [
+                point
+                for _, point in zip(range(limit), (p for p in points if p.step > after_step), strict=False)
+            ]
+
+    def run_counts(self, tenant: str, adapter: str) -> RunCounts:
+        """Totals over the adapter's requests: all, failed, tokens brought by all, cost of the answered."""
+        c = t.futures.c
+
+        def total(value: Any) -> sa.Cast[int]:
+            return sa.cast(sa.func.coalesce(sa.func.sum(value), 0), t.Big)
+
+        query = sa.select(
+            sa.func.count().label("requests"),
+            total(sa.case((c.state == "failed", 1), else_=0)).label("failed"),
+            total(c.num_tokens).label("tokens"),
+            total(c.cost_us).label("cost"),
+        ).where(c.tenant == tenant, c.adapter == adapter)
+        row = self._first(query)
+        assert row is not None
+        return RunCounts(row["requests"], row["failed"], row["tokens"], row["cost"])
+
+    def environment(self) -> kinds.EnvironmentRecorded | None:
+        """The newest environment an executor came up in: it has what a caller must know of the served model."""
+        with self._engine.connect() as connection:
+            newest = connection.execute(sa.select(sa.func.max(t.environments.c.position))).scalar()
+            if newest is None:
+                return None
+            cached = self._environment
+            if cached is None or cached[0] != newest:
+                event = reading.at_positions(connection, [newest])[0].event
+                assert isinstance(event, kinds.EnvironmentRecorded)
+                cached = self._environment = (newest, event)
+        return cached[1]

@@ -1,0 +1,75 @@
+"""Rows of the log -> recorded events."""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy import RowMapping
+
+from tinkerbell.events.codec import decode_event
+from tinkerbell.events.kinds import Recorded
+from tinkerbell.events.rules import record
+from tinkerbell.events.tables import event_blobs, events
+
+T = TypeVar("T")
+IN_LIMIT = 5000
+"""Most values in one IN list: SQLite takes 32766 parameters, a planner is happier with fewer."""
+
+
+def in_parts(values: Iterable[T]) -> Iterator[list[T]]:
+    """The values in lists short enough for IN."""
+    rest = list(values)
+    for start in range(0, len(rest), IN_LIMIT):
+        yield rest[start : start + IN_LIMIT]
+
+
+def page(
+    connection: sa.Connection,
+    after: int,
+    limit: int,
+    *,
+    tenant: str | None = None,
+    adapter: str | None = None,
+    types: Collection[str] | None = None,
+) -> list[Recorded]:
+    """Events with a position above `after`, by position, at most `limit`."""
+    query = sa.select(events).where(events.c.position > after)
+    if tenant is not None:
+        query = query.where(events.c.tenant == tenant)
+    if adapter is not None:
+        query = query.where(events.c.adapter == adapter)
+    if types is not None:
+        query = query.where(events.c.type.in_(sorted(types)))
+    rows = connection.execute(query.order_by(events.c.position).limit(limit)).mappings().all()
+    return decode_rows(connection, rows)
+
+
+def at_positions(connection: sa.Connection, positions: Collection[int]) -> list[Recorded]:
+    """The events at these positions, by position."""
+    found: list[Recorded] = []
+    for part in in_parts(sorted(positions)):
+        rows = connection.execute(
+            sa.select(events).where(events.c.position.in_(part)).order_by(events.c.position)
+        ).mappings()
+        found += decode_rows(connection, rows.all())
+    return found
+
+
+def decode_rows(connection: sa.Connection, rows: Sequence[RowMapping]) -> list[Recorded]:
+    """Recorded events of rows of `events`. Raises Corrupt for what this release cannot read."""
+    blobs = blobs_of(connection, rows)
+    return [
+        record(
+            row, decode_event(row["type"], row["schema_version"], row["data"]), blobs.get(row["position"], {})
+        )
+        for row in rows
+    ]
+
+
+def blobs_of(connection: sa.Connection, rows: Sequence[RowMapping]) -> dict[int, dict[str, bytes]]:
+    """Position -> name -> hash of the blobs that these events name."""
+    found: dict[int, dict[str, bytes]] = {}
+    for part in in_parts(row["position"] for row in rows if row["num_blobs"]):
+        for blob in connection.execute(sa.select(event_blobs).where(event_blobs.c.position.in_(part))):
+            found.setdefault(blob.position, {})[blob.name] = blob.blob_hash
+    return found

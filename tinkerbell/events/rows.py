@@ -1,0 +1,133 @@
+"""Rows of the projections, as the queries give them. Times are microseconds since 1970, UTC."""
+
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from tinkerbell.types import LoraConfig
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of all rows."""
+
+
+class FutureRow(Row, frozen=True, kw_only=True):
+    """A request and what became of it."""
+
+    id: int
+    """Position of the request in the log."""
+    tenant: str
+    adapter: str | None
+    seq: int | None
+    kind: str
+    state: Literal["pending", "completed", "failed"]
+    num_tokens: int
+    """Tokens the request brought."""
+    result_position: int | None
+    """Position of its answer."""
+    cost_us: int | None
+    created_us: int
+    done_us: int | None
+
+
+class AdapterRow(Row, frozen=True, kw_only=True):
+    """An adapter as the answered requests left it."""
+
+    id: str
+    tenant: str
+    name: str | None
+    base_model: str
+    lora: LoraConfig
+    seed: int
+    checkpoint: str | None
+    """Checkpoint it started from."""
+    with_optimizer: bool
+    state: Literal["pending", "ready", "failed", "removed"]
+    num_parameters: int | None
+    step: int
+    """Optimizer steps taken."""
+    next_seq: int
+    """seq of its next request."""
+    done_seq: int
+    """Every request up to this one is answered; -1: none."""
+    last_loss: float | None
+    """Loss per token of its newest forward_backward."""
+    state_digest: str | None
+    created_us: int
+
+
+class CheckpointRow(Row, frozen=True, kw_only=True):
+    """A saved adapter."""
+
+    id: str
+    tenant: str
+    adapter: str
+    kind: Literal["save", "recovery"]
+    name: str | None
+    after_seq: int
+    """It holds the effect of the adapter's requests up to this one."""
+    step: int
+    lora: LoraConfig
+    num_bytes: int
+    state_digest: str
+    blobs: dict[str, str]
+    """Name (weights, adapter_config, optimizer) -> hash (hex)."""
+    created_us: int
+
+
+class KeyRow(Row, frozen=True, kw_only=True):
+    """An API key."""
+
+    key_id: str
+    tenant: str
+    key_hash: str
+    """sha256 (hex) of the secret."""
+    admin: bool
+    note: str
+    created_us: int
+    revoked_us: int | None
+
+
+class TenantRow(Row, frozen=True, kw_only=True):
+    """Share and limits of a tenant; None is the server's default."""
+
+    tenant: str
+    weight: float = 1.0
+    max_pending_requests: int | None = None
+    max_pending_tokens: int | None = None
+    max_adapters: int | None = None
+
+
+class UsageRow(Row, frozen=True, kw_only=True):
+    """What was answered and what it cost, by adapter and kind of request."""
+
+    tenant: str
+    adapter: str | None
+    """None: the base model."""
+    kind: str
+    num_requests: int
+    tokens_in: int
+    tokens_out: int
+    cost_us: int
+
+
+class RunPoint(Row, frozen=True, kw_only=True):
+    """One optimizer step of an adapter."""
+
+    step: int
+    at_us: int
+    learning_rate: float
+    grad_norm: float
+    loss_sum: float
+    """Of the forward_backward requests whose gradient it applied, over their tokens."""
+    num_tokens: int
+    state_digest: str
+
+
+class RunCounts(NamedTuple):
+    """Totals of an adapter's requests."""
+
+    num_requests: int
+    num_failed: int
+    num_tokens: int
+    cost_us: int

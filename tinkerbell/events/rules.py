@@ -1,0 +1,272 @@
+"""What an event must satisfy to enter the log, decided over facts read in the append transaction.
+
+No database here: `State` holds the facts, `admit` checks one event against them, moves them on, and gives its row.
+A submit is checked on a fork of the state; the fork is merged when all its events were admitted (invariant I13).
+"""
+
+from collections import ChainMap
+from collections.abc import MutableMapping
+from typing import Any
+
+import msgspec
+
+from tinkerbell.errors import (
+    AlreadyAnswered,
+    Conflict,
+    Fenced,
+    IdempotencyConflict,
+    NotFound,
+    SequenceConflict,
+)
+from tinkerbell.events import kinds
+from tinkerbell.events.chain import GENESIS, link
+from tinkerbell.events.codec import Prepared
+from tinkerbell.events.kinds import NewEvent, Recorded
+from tinkerbell.events.projections import Cause, cause_of
+
+
+class StreamHead(msgspec.Struct, frozen=True):
+    """Where a stream ends."""
+
+    version: int
+    hash: bytes
+
+
+class AdapterFacts(msgspec.Struct, frozen=True):
+    """What is known of an adapter at this point of the log."""
+
+    tenant: str
+    state: str
+    next_seq: int
+    done_seq: int
+
+
+class LeaseFacts(msgspec.Struct, frozen=True):
+    """Who holds a lease."""
+
+    holder: str
+    epoch: int
+    expires_us: int
+
+
+class Original(msgspec.Struct, frozen=True):
+    """What an idempotency key stands for."""
+
+    request_hash: bytes
+    recorded: Recorded
+
+
+class State(msgspec.Struct):
+    """The facts that admission needs, for the streams, adapters, requests, keys and leases of one group."""
+
+    position: int
+    streams: MutableMapping[str, StreamHead]
+    originals: MutableMapping[tuple[str, str], Original]
+    adapters: MutableMapping[str, AdapterFacts]
+    causes: MutableMapping[int, Cause]
+    leases: MutableMapping[str, LeaseFacts]
+
+    def fork(self) -> "State":
+        """A state whose changes can be thrown away."""
+        return State(
+            self.position,
+            ChainMap({}, self.streams),
+            ChainMap({}, self.originals),
+            ChainMap({}, self.adapters),
+            ChainMap({}, self.causes),
+            ChainMap({}, self.leases),
+        )
+
+    def merge(self, fork: "State") -> None:
+        """Take over a fork's changes."""
+        self.position = fork.position
+        for name in ("streams", "originals", "adapters", "causes", "leases"):
+            getattr(self, name).update(getattr(fork, name).maps[0])
+
+
+class Admitted(msgspec.Struct, frozen=True):
+    """An event with its place in the log."""
+
+    recorded: Recorded
+    cause: Cause | None
+    row: dict[str, Any]
+    """Of the table `events`."""
+    blobs: dict[str, bytes]
+    """Name -> hash."""
+
+
+def admit(state: State, prepared: Prepared, blobs: dict[str, bytes], now_us: int) -> Admitted | Recorded:
+    """The event's place in the log, or the earlier event that has its idempotency key.
+
+    Raises NotFound, Conflict, IdempotencyConflict, SequenceConflict, AlreadyAnswered, Fenced.
+    """
+    new = prepared.new
+    original = _original(state, new)
+    if original is not None:
+        return original
+    _check_fence(state, new)
+    seq, cause = None, None
+    match new.event:
+        case kinds.Request():
+            seq = _admit_request(state, new, new.event)
+        case kinds.Result():
+            cause = _admit_result(state, new, new.event)
+        case kinds.LeaseGranted():
+            _admit_lease(state, new.event)
+        case _:
+            pass
+    return _place(state, prepared, blobs, seq, cause, now_us)
+
+
+def _original(state: State, new: NewEvent) -> Recorded | None:
+    if new.idempotency_key is None:
+        return None
+    original = state.originals.get((new.tenant, new.idempotency_key))
+    if original is None:
+        return None
+    if original.request_hash != new.request_hash:
+        raise IdempotencyConflict("this idempotency key was used for another request")
+    return original.recorded
+
+
+def _check_fence(state: State, new: NewEvent) -> None:
+    if new.fence is None:
+        return
+    resource, epoch = new.fence
+    lease = state.leases.get(resource)
+    if lease is None or lease.epoch != epoch:
+        raise Fenced(f"epoch {epoch} of the lease {resource} is over; it is at {lease.epoch if lease else 0}")
+
+
+def _admit_request(state: State, new: NewEvent, event: kinds.Request) -> int | None:
+    kind = kinds.kind_of(event)
+    if new.adapter is None:
+        if kind not in kinds.SAMPLE_KINDS:
+            raise TypeError(f"{kind} needs an adapter")
+        return None
+    facts = state.adapters.get(new.adapter)
+    if isinstance(event, kinds.AddLoraRequested):
+        if facts is not None:
+            raise Conflict("there is an adapter with this id already")
+        facts = AdapterFacts(tenant=new.tenant, state="pending", next_seq=0, done_seq=-1)
+    elif facts is None or facts.tenant != new.tenant or facts.state in ("removed", "failed"):
+        # One text for all three: nobody learns which ids others have.
+        raise NotFound("there is no such adapter")
+    if kind in kinds.SAMPLE_KINDS:
+        return None
+    if new.expected_seq is not None and new.expected_seq != facts.next_seq:
+        raise SequenceConflict(
+            f"seq {new.expected_seq} was given; the adapter's next one is {facts.next_seq}",
+            next_seq=facts.next_seq,
+        )
+    state.adapters[new.adapter] = msgspec.structs.replace(facts, next_seq=facts.next_seq + 1)
+    return facts.next_seq
+
+
+def _admit_result(state: State, new: NewEvent, event: kinds.Result) -> Cause:
+    cause = state.causes.get(new.causation or 0)
+    if (
+        cause is None
+        or new.causation is None
+        or (cause.tenant, cause.adapter, cause.kind) != (new.tenant, new.adapter, kinds.kind_of(event))
+    ):
+        raise NotFound(f"there is no request {new.causation} that this answers")
+    if cause.answered:
+        raise AlreadyAnswered(f"request {new.causation} has its result")
+    state.causes[new.causation] = msgspec.structs.replace(cause, answered=True)
+    if cause.adapter is None:
+        return cause
+    facts = state.adapters[cause.adapter]
+    if cause.seq is not None:
+        if cause.seq != facts.done_seq + 1:
+            raise AlreadyAnswered(
+                f"request {new.causation} is number {cause.seq} of its adapter; the next to be answered is {facts.done_seq + 1}"
+            )
+        facts = msgspec.structs.replace(facts, done_seq=cause.seq)
+    match event:
+        case kinds.AddLoraCompleted():
+            facts = msgspec.structs.replace(facts, state="ready")
+        case kinds.AddLoraFailed():
+            facts = msgspec.structs.replace(facts, state="failed")
+        case kinds.RemoveLoraCompleted():
+            facts = msgspec.structs.replace(facts, state="removed")
+        case _:
+            pass
+    state.adapters[cause.adapter] = facts
+    return cause
+
+
+def _admit_lease(state: State, event: kinds.LeaseGranted) -> None:
+    lease = state.leases.get(event.resource)
+    epoch = lease.epoch if lease else 0
+    if event.epoch != epoch + 1:
+        raise Fenced(f"the lease {event.resource} is at epoch {epoch}; {event.epoch} is not the next")
+    state.leases[event.resource] = LeaseFacts(event.holder, event.epoch, 0)
+
+
+def _place(
+    state: State,
+    prepared: Prepared,
+    blobs: dict[str, bytes],
+    seq: int | None,
+    cause: Cause | None,
+    now_us: int,
+) -> Admitted:
+    new = prepared.new
+    head = state.streams.get(new.stream) or StreamHead(-1, GENESIS)
+    state.position += 1
+    row: dict[str, Any] = {
+        "position": state.position,
+        "stream": new.stream,
+        "stream_version": head.version + 1,
+        "type": prepared.type,
+        "schema_version": prepared.schema_version,
+        "tenant": new.tenant,
+        "adapter": new.adapter,
+        "seq": seq,
+        "causation": new.causation,
+        "correlation": new.correlation,
+        "actor": new.actor,
+        "idempotency_key": new.idempotency_key,
+        "request_hash": new.request_hash,
+        "data": prepared.data,
+        "body": prepared.body,
+        "body_codec": prepared.body_codec,
+        "body_hash": prepared.body_hash,
+        "body_len": prepared.body_len,
+        "num_blobs": len(blobs),
+        "fence_resource": new.fence[0] if new.fence else None,
+        "fence_epoch": new.fence[1] if new.fence else None,
+        "created_us": now_us,
+        "prev_hash": head.hash,
+    }
+    row["hash"] = link(head.hash, row, blobs)
+    state.streams[new.stream] = StreamHead(head.version + 1, row["hash"])
+    recorded = record(row, new.event, blobs)
+    if isinstance(new.event, kinds.Request):
+        state.causes[recorded.position] = cause_of(recorded)
+    if new.idempotency_key is not None and new.request_hash is not None:
+        state.originals[new.tenant, new.idempotency_key] = Original(new.request_hash, recorded)
+    return Admitted(recorded, cause, row, blobs)
+
+
+def record(row: Any, event: kinds.AnyEvent, blobs: dict[str, bytes]) -> Recorded:
+    """The envelope of a row of `events` (a mapping of its columns)."""
+    return Recorded(
+        position=row["position"],
+        stream=row["stream"],
+        stream_version=row["stream_version"],
+        at_us=row["created_us"],
+        tenant=row["tenant"],
+        adapter=row["adapter"],
+        seq=row["seq"],
+        event=event,
+        body=row["body"],
+        blobs={name: digest.hex() for name, digest in sorted(blobs.items())},
+        causation=row["causation"],
+        correlation=row["correlation"],
+        actor=row["actor"],
+        hash=row["hash"].hex(),
+        body_codec=row["body_codec"],
+        body_hash=row["body_hash"].hex() if row["body_hash"] is not None else None,
+    )

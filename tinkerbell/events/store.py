@@ -1,0 +1,173 @@
+"""The event store: append (atomic, idempotent, fenced), read, subscribe, leases. Synchronous and thread-safe."""
+
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
+
+import sqlalchemy as sa
+
+from tinkerbell.config import Settings
+from tinkerbell.errors import Corrupt, SchemaOutdated, Unavailable
+from tinkerbell.events import check, codec, reading, schema
+from tinkerbell.events.blobs import BlobStore
+from tinkerbell.events.check import CheckReport
+from tinkerbell.events.engine import make_engine, snapshot
+from tinkerbell.events.kinds import Body, NewEvent, Recorded, type_of
+from tinkerbell.events.leases import Claim, Lease, Renewal
+from tinkerbell.events.queries import Queries
+from tinkerbell.events.tables import log_head
+from tinkerbell.events.tail import Callback, Tail
+from tinkerbell.events.writer import GROUP_EVENTS, BlobRef, Entry, Item, Writer
+
+
+class EventStore:
+    """One process's way to the log. Any number of threads may use it, and any number of processes the database."""
+
+    def __init__(self, writer: sa.Engine, reader: sa.Engine, blobs: BlobStore, group_events: int) -> None:
+        self._write_engine = writer
+        self._read_engine = reader
+        self._blobs = blobs
+        self._tail = Tail(reader)
+        self._writer = Writer(writer, self._tail.push, group_events=group_events)
+        self.queries = Queries(reader)
+        """Read-only questions to the projections."""
+
+    @classmethod
+    def open(cls, settings: Settings, *, group_events: int = GROUP_EVENTS) -> "EventStore":
+        """The store of these settings. `group_events`: most events in one transaction; 1 turns group commit off.
+
+        Raises SchemaOutdated, Unavailable when there is no connection, MissingPackage without the driver.
+        """
+        try:
+            current = schema.is_current(settings.url)
+        except sa.exc.OperationalError as exc:
+            raise Unavailable(f"no connection to the database: {exc.orig}") from exc
+        if not current:
+            raise SchemaOutdated(
+                "the database schema is not the one this release needs; run `tinkerbell db upgrade`"
+                " with the same settings, after a backup"
+            )
+        writer = make_engine(settings.url, role="writer", durability=settings.durability)
+        reader = make_engine(settings.url, role="reader")
+        settings.blob_dir.mkdir(parents=True, exist_ok=True)
+        return cls(writer, reader, BlobStore(settings.blob_dir), group_events)
+
+    def close(self) -> None:
+        """Write what was submitted, then stop. Submits after this fail with Unavailable."""
+        self._writer.close()
+        self._tail.close()
+        self._write_engine.dispose()
+        self._read_engine.dispose()
+
+    # ---- append ----------------------------------------------------------------------------------------------------
+
+    def submit(self, *events: NewEvent) -> Future[list[Recorded]]:
+        """Append these events together, or none of them; the future is done when they are durable.
+
+        Encodes bodies and writes blobs on the calling thread. A request whose idempotency key is known gives the
+        event that was recorded for it the first time. Nothing happened when the future raises: NotFound,
+        IdempotencyConflict, SequenceConflict, Conflict, Fenced, AlreadyAnswered, InvalidRequest, or Unavailable
+        (without a connection the outcome can be unknown: submit again with the same idempotency key).
+        """
+        try:
+            entry = Entry([self._item(new) for new in events])
+        except Exception as exc:  # noqa: BLE001 - handed to whoever waits for the future
+            failed: Future[list[Recorded]] = Future()
+            failed.set_exception(exc)
+            return failed
+        if not events:
+            entry.future.set_result([])
+        else:
+            self._writer.put(entry)
+        return entry.future
+
+    def append(self, *events: NewEvent) -> list[Recorded]:
+        """`submit`, and wait. Raises what its future raises."""
+        return self.submit(*events).result()
+
+    def _item(self, new: NewEvent) -> Item:
+        prepared = codec.prepare(new)
+        refs = {name: BlobRef(self._blobs.put(data), len(data)) for name, data in prepared.blobs.items()}
+        return Item(codec.without_bulk(prepared), refs)
+
+    # ---- read ------------------------------------------------------------------------------------------------------
+
+    def get(self, position: int) -> Recorded | None:
+        """The event at a position."""
+        with self._read_engine.connect() as connection:
+            found = reading.at_positions(connection, [position])
+        return found[0] if found else None
+
+    def read(
+        self,
+        after: int = 0,
+        *,
+        limit: int = 1000,
+        tenant: str | None = None,
+        adapter: str | None = None,
+        types: Collection[str] | None = None,
+    ) -> list[Recorded]:
+        """At most `limit` events with a position above `after`, by position."""
+        with self._read_engine.connect() as connection:
+            return reading.page(connection, after, limit, tenant=tenant, adapter=adapter, types=types)
+
+    def head(self) -> int:
+        """The last position; 0 for an empty log."""
+        with self._read_engine.connect() as connection:
+            return int(connection.execute(sa.select(log_head.c.position)).scalar_one())
+
+    def body(self, recorded: Recorded) -> Body | None:
+        """The event's body; None where its type has none. Raises Corrupt when it is not what was written."""
+        if recorded.body_codec is None:
+            return None
+        stored = recorded.body
+        if stored is None:
+            stored = self._blobs.get(recorded.blobs["body"])
+        elif not codec.has_hash(stored, recorded.body_hash):
+            raise Corrupt(f"the body of event {recorded.position} has other bytes than were written")
+        return codec.decode_body(type_of(recorded.event), recorded.body_codec, stored)
+
+    def blob(self, digest: str) -> bytes:
+        """The blob with this sha256 (hex). Raises Corrupt when it is missing or changed."""
+        return self._blobs.get(digest)
+
+    def subscribe(self, callback: Callback, *, after: int | None = None) -> Callable[[], None]:
+        """Call back with every committed event above `after` (default: from now on), of any process, exactly once
+        and in order, on the store's tail thread. Returns the way to end it.
+
+        What this process commits is handed over at once, others' events within 250 ms. A callback must not block:
+        all subscribers share the thread.
+        """
+        return self._tail.subscribe(callback, self.head() if after is None else after)
+
+    # ---- leases ----------------------------------------------------------------------------------------------------
+
+    def acquire_lease(self, resource: str, holder: str, ttl_s: float) -> Lease | None:
+        """The lease with a new epoch if it is free or expired; None while anybody holds it, the same holder too."""
+        entry = Entry(lease_call=Claim(resource, holder, int(ttl_s * 1_000_000)))
+        self._writer.put(entry)
+        lease: Lease | None = entry.future.result()
+        return lease
+
+    def renew_lease(self, lease: Lease, ttl_s: float) -> bool:
+        """Keep the lease for `ttl_s` from now; False when somebody else has it. It may have run out in between as
+        long as nobody took it: the epoch decides."""
+        return self._renew(lease, int(ttl_s * 1_000_000))
+
+    def release_lease(self, lease: Lease) -> None:
+        """Give the lease back; nothing happens when it is lost already."""
+        self._renew(lease, 0)
+
+    def _renew(self, lease: Lease, ttl_us: int) -> bool:
+        entry = Entry(lease_call=Renewal(lease, ttl_us))
+        self._writer.put(entry)
+        return bool(entry.future.result())
+
+    # ---- check -----------------------------------------------------------------------------------------------------
+
+    def check(self) -> CheckReport:
+        """Verify the whole log, its blobs and its projections in one snapshot.
+
+        Raises Corrupt naming the invariant and the position. Reads everything: minutes for a large log.
+        """
+        with snapshot(self._read_engine) as connection:
+            return check.check(connection, self._blobs)
