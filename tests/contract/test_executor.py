@@ -1,0 +1,689 @@
+"""What every executor promises in `tinkerbell/executors/port.py`, held against each of them."""
+
+import math
+import random
+from collections.abc import Iterator
+from itertools import permutations
+
+import msgspec
+import pytest
+
+from tests.support.executor_driver import (
+    ADAM,
+    Driver,
+    InChildProcess,
+    datum,
+    floats,
+    ints,
+    nameless,
+    random_data,
+    read_floats,
+    read_ints,
+)
+from tinkerbell.errors import NotFound, TinkerbellError, UserError
+from tinkerbell.executors import registry
+from tinkerbell.executors.port import ForwardBackwardDone, OptimStepDone, SampleDone, UnitFailed, UnitResult
+from tinkerbell.executors.protocol import ExecutorOptions
+from tinkerbell.types import BUILTIN_LOSSES, AdamParams, Datum, LoraConfig, LossSpec
+
+OTHERS = [
+    LoraConfig(rank=3, alpha=5.0, targets=("mlp",)),
+    LoraConfig(rank=8, alpha=16.0, targets=("all-linear",)),
+    LoraConfig(rank=1, alpha=1.0, targets=("o_proj", "unembed")),
+]
+
+
+@pytest.fixture(scope="module", params=["fake", "fake in a child process", "hf"])
+def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    options = ExecutorOptions(threads=1, extra={"max_length": "512"})
+    if request.param == "hf":
+        from tests.support.tiny_model import write_tiny_model
+
+        directory = write_tiny_model(tmp_path_factory.mktemp("model"))
+        yield Driver(registry.load("hf")(ExecutorOptions(model=str(directory), threads=1)))
+    elif request.param == "fake":
+        yield Driver(registry.load("fake")(options))
+    else:
+        child = InChildProcess("fake", options)
+        yield Driver(child)
+        child.close()
+
+
+# ---------------------------------------------------------------------------------------------- describe
+
+
+def test_the_environment_never_changes(driver: Driver) -> None:
+    before = driver.executor.describe()
+    driver.trained()
+    assert driver.executor.describe() == before
+    assert before.exact
+    assert before.model.vocab_size >= 256
+    assert before.facts
+
+
+# ------------------------------------------------------------------------------------- create, remove
+
+
+def test_a_fresh_adapter_is_the_base_model(driver: Driver) -> None:
+    name = driver.adapter(seed=3)
+    of_adapter, of_base = driver.done(
+        driver.sample(name, [1, 2, 3], prompt_logprobs=True), driver.sample(None, [1, 2, 3], prompt_logprobs=True)
+    )
+    assert nameless(of_adapter) == nameless(of_base)
+
+
+def test_the_seed_makes_the_adapter(driver: Driver) -> None:
+    name = driver.name()
+    first = driver.executor.create(name, OTHERS[0], 1)
+    other = driver.executor.create(name, OTHERS[0], 2)
+    again = driver.executor.create(name, OTHERS[0], 1)
+    assert first == again
+    assert first.state_digest != other.state_digest
+    assert first.step == 0
+    assert first.num_parameters > 0
+
+
+def test_create_replaces_all_of_an_adapter(driver: Driver) -> None:
+    name = driver.trained()
+    driver.done(driver.forward_backward(name, random_data(1, (5,))))
+    fresh = driver.executor.create(name, OTHERS[0], 1)
+    assert driver.digest(name) == fresh.state_digest
+    assert driver.refused(driver.optim_step(name)).code == "no-gradients"
+
+
+def test_unknown_targets_are_refused(driver: Driver) -> None:
+    with pytest.raises(UserError, match="no_such_layer"):
+        driver.executor.create(driver.name(), LoraConfig(targets=("q_proj", "no_such_layer")), 0)
+
+
+def test_a_removed_adapter_is_unknown(driver: Driver) -> None:
+    name, other = driver.trained(), driver.trained(seed=1)
+    before = driver.digest(other)
+    driver.executor.remove(name)
+    driver.executor.remove(name)
+    with pytest.raises(NotFound):
+        driver.executor.snapshot(name)
+    assert driver.digest(other) == before
+
+
+def test_units_of_unknown_adapters_fail_alone(driver: Driver) -> None:
+    good = driver.adapter()
+    for unit in (
+        driver.forward_backward("ad_nobody", random_data(1, (4,))),
+        driver.optim_step("ad_nobody"),
+        driver.sample("ad_nobody", [1, 2]),
+    ):
+        assert driver.refused(unit, driver.forward_backward(good, random_data(1, (4,)))).code == "not-found"
+
+
+# --------------------------------------------------------------------------------- alone == among others
+
+
+def test_bits_do_not_depend_on_company(driver: Driver) -> None:
+    """Results and states of three adapters are bitwise those of each trained by itself, in every order."""
+    seeds = (0, 1, 2)
+    data = {seed: [random_data(seed, (5 + seed, 17)), random_data(10 + seed, (33, 2, 9 + seed))] for seed in seeds}
+    adam = {seed: AdamParams(learning_rate=0.01 * (seed + 1), weight_decay=0.1 * seed) for seed in seeds}
+    prompt = [5, 6, 7]
+    alone: dict[int, tuple[list[UnitResult], str]] = {}
+    for seed in seeds:
+        name = driver.adapter(seed, OTHERS[seed])
+        answers = []
+        for part in data[seed]:
+            answers += driver.done(driver.forward_backward(name, part))
+            answers += driver.done(driver.optim_step(name, adam[seed]))
+        answers += driver.done(driver.sample(name, prompt, seed=seed, max_tokens=8, prompt_logprobs=True))
+        alone[seed] = (list(map(nameless, answers)), driver.digest(name))
+    for order in permutations(seeds):
+        names = {seed: driver.adapter(seed, OTHERS[seed]) for seed in order}
+        found: dict[int, list[UnitResult]] = {seed: [] for seed in seeds}
+        for part in range(2):
+            units = [driver.forward_backward(names[seed], data[seed][part]) for seed in order]
+            steps = [driver.optim_step(names[seed], adam[seed]) for seed in order]
+            answers = driver.done(*units, *steps)
+            for seed, done, stepped in zip(order, answers[:3], answers[3:], strict=True):
+                found[seed] += [nameless(done), nameless(stepped)]
+        samples = [driver.sample(names[seed], prompt, seed=seed, max_tokens=8, prompt_logprobs=True) for seed in order]
+        for seed, answer in zip(order, driver.done(*samples), strict=True):
+            found[seed].append(nameless(answer))
+        for seed in seeds:
+            assert found[seed] == alone[seed][0], f"adapter {seed} in order {order}"
+            assert driver.digest(names[seed]) == alone[seed][1]
+
+
+def test_one_batch_equals_many(driver: Driver) -> None:
+    """Several steps of one adapter in one batch are the same steps in batches of their own."""
+    data = [random_data(seed, (6, 11)) for seed in range(3)]
+    one, many, company = driver.adapter(), driver.adapter(), driver.adapter(1, OTHERS[1])
+    units = []
+    for part in data:
+        units += [driver.forward_backward(one, part), driver.optim_step(one)]
+    units.insert(3, driver.forward_backward(company, random_data(9, (21,))))
+    together = driver.done(*units)
+    del together[3]
+    separate = []
+    for part in data:
+        separate += driver.done(driver.forward_backward(many, part)) + driver.done(driver.optim_step(many))
+    assert list(map(nameless, together)) == list(map(nameless, separate))
+    assert driver.digest(one) == driver.digest(many)
+
+
+def test_a_failing_unit_leaves_the_others_bits(driver: Driver) -> None:
+    good, again, bad = driver.adapter(), driver.adapter(), driver.trained(1, OTHERS[1])
+    data = random_data(4, (8, 3))
+    (alone,) = driver.done(driver.forward_backward(good, data))
+    nan = [datum([1, 2, 3], weights=[math.nan, 1.0])]
+    failed, company = driver.run(driver.forward_backward(bad, nan), driver.forward_backward(again, data))
+    assert isinstance(failed, UnitFailed)
+    assert nameless(company) == nameless(alone)
+    driver.done(driver.optim_step(good), driver.optim_step(again))
+    assert driver.digest(good) == driver.digest(again)
+
+
+# ------------------------------------------------------------------------------------ forward_backward
+
+
+def test_logprobs_are_those_of_a_distribution(driver: Driver) -> None:
+    """Over all targets after one token, probabilities sum to one; the loss is their weighted sum."""
+    name = driver.trained()
+    vocab = driver.info.vocab_size
+    data = [Datum(ints([7]), ints([target]), {"weights": floats([0.5])}) for target in range(vocab)]
+    (done,) = driver.done(driver.forward_backward(name, data, backward=False))
+    assert isinstance(done, ForwardBackwardDone)
+    logprobs = [read_floats(raw)[0] for raw in done.logprobs]
+    assert len(logprobs) == vocab
+    assert sum(map(math.exp, logprobs)) == pytest.approx(1.0, abs=1e-5)
+    assert done.loss == pytest.approx(-0.5 * sum(logprobs), rel=1e-5)
+
+
+def test_answers_have_one_logprob_for_each_token(driver: Driver) -> None:
+    lengths = (1, 9, 4)
+    (done,) = driver.done(driver.forward_backward(driver.adapter(), random_data(2, lengths)))
+    assert isinstance(done, ForwardBackwardDone)
+    assert [len(raw) // 4 for raw in done.logprobs] == list(lengths)
+    assert done.loss == pytest.approx(-sum(sum(read_floats(raw)) for raw in done.logprobs), rel=1e-5)
+    assert done.metrics["num_tokens"] == sum(lengths)
+
+
+def test_training_lowers_the_loss(driver: Driver) -> None:
+    name = driver.adapter(lora=OTHERS[1])
+    data = [datum([1, 2, 3, 4, 5, 6, 7, 8])]
+    losses = []
+    for _ in range(15):
+        done, _ = driver.done(
+            driver.forward_backward(name, data), driver.optim_step(name, AdamParams(learning_rate=0.02))
+        )
+        assert isinstance(done, ForwardBackwardDone)
+        losses.append(done.loss)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_every_built_in_loss_runs(driver: Driver) -> None:
+    name = driver.trained()
+    tokens = [3, 1, 4, 1, 5]
+    for loss, signature in BUILTIN_LOSSES.items():
+        inputs = {key: [-1.0, 0.5, 2.0, -0.5] for key in signature.required}
+        (done,) = driver.done(driver.forward_backward(name, [datum(tokens, **inputs)], LossSpec(name=loss)))
+        assert isinstance(done, ForwardBackwardDone)
+        assert math.isfinite(done.loss)
+        step = driver.done(driver.optim_step(name))[0]
+        assert isinstance(step, OptimStepDone)
+        assert step.grad_norm > 0
+
+
+def test_policy_losses_are_their_formulas(driver: Driver) -> None:
+    """importance_sampling and ppo recomputed from the logprobs the executor itself reports."""
+    name = driver.trained()
+    tokens, advantages, weights = [3, 1, 4, 1, 5], [1.0, -2.0, 0.5, -0.25], [1.0, 0.5, 2.0, 1.0]
+    (plain,) = driver.done(driver.forward_backward(name, [datum(tokens)], backward=False))
+    assert isinstance(plain, ForwardBackwardDone)
+    now = read_floats(plain.logprobs[0])
+    old = read_floats(floats([x + shift for x, shift in zip(now, [0.5, -0.5, -0.1, 0.1], strict=True)]))
+    ratios = [math.exp(a - b) for a, b in zip(now, old, strict=True)]
+    data = [datum(tokens, logprobs=old, advantages=advantages, weights=weights)]
+    rows = list(zip(ratios, advantages, weights, strict=True))
+    expected = {
+        "importance_sampling": -sum(w * r * a for r, a, w in rows),
+        "ppo": -sum(w * min(r * a, min(max(r, 0.8), 1.2) * a) for r, a, w in rows),
+    }
+    for loss, value in expected.items():
+        (done,) = driver.done(driver.forward_backward(name, data, LossSpec(name=loss)))
+        assert isinstance(done, ForwardBackwardDone)
+        assert done.loss == pytest.approx(value, rel=1e-4)
+
+
+def test_forward_leaves_no_gradient(driver: Driver) -> None:
+    name = driver.adapter()
+    before = driver.digest(name)
+    data = random_data(1, (6,))
+    forward, both = driver.adapter(5), driver.adapter(5)
+    (a,) = driver.done(driver.forward_backward(forward, data, backward=False))
+    (b,) = driver.done(driver.forward_backward(both, data))
+    assert nameless(a) == nameless(b)
+    driver.done(driver.forward_backward(name, data, backward=False))
+    assert driver.digest(name) == before
+    assert driver.refused(driver.optim_step(name)).code == "no-gradients"
+
+
+def test_requests_accumulate_until_the_step(driver: Driver) -> None:
+    """Twice the same gradient has twice the norm, and the step clears it."""
+    once, twice = driver.trained(), driver.trained()
+    data = random_data(3, (9,))
+    driver.done(driver.forward_backward(once, data))
+    driver.done(driver.forward_backward(twice, data), driver.forward_backward(twice, data))
+    a, b = driver.done(driver.optim_step(once), driver.optim_step(twice))
+    assert isinstance(a, OptimStepDone)
+    assert isinstance(b, OptimStepDone)
+    assert b.grad_norm == pytest.approx(2 * a.grad_norm, rel=1e-5)
+    assert driver.refused(driver.optim_step(once)).code == "no-gradients"
+
+
+# ---------------------------------------------------------------------------------------------- chunks
+
+
+def test_chunks_are_one_request(driver: Driver) -> None:
+    """Their losses add to the whole request's, and so do their gradients."""
+    whole, cut = driver.trained(), driver.trained()
+    data = random_data(6, (9, 4, 12))
+    (all_at_once,) = driver.done(driver.forward_backward(whole, data))
+    parts = driver.done(*driver.chunks(cut, data[:1], data[1:2], data[2:]))
+    assert isinstance(all_at_once, ForwardBackwardDone)
+    losses = [part.loss for part in parts if isinstance(part, ForwardBackwardDone)]
+    assert sum(losses) == pytest.approx(all_at_once.loss, rel=1e-6)
+    a, b = driver.done(driver.optim_step(whole), driver.optim_step(cut))
+    assert isinstance(a, OptimStepDone)
+    assert isinstance(b, OptimStepDone)
+    assert b.grad_norm == pytest.approx(a.grad_norm, rel=1e-5)
+
+
+def test_chunks_may_come_in_different_batches(driver: Driver) -> None:
+    together, apart, company = driver.trained(), driver.trained(), driver.trained(1, OTHERS[1])
+    data = random_data(6, (9, 4, 12))
+    driver.done(*driver.chunks(together, data[:2], data[2:]))
+    for chunk in driver.chunks(apart, data[:2], data[2:]):
+        driver.done(driver.forward_backward(company, random_data(8, (13,))), chunk)
+    driver.done(driver.optim_step(together), driver.optim_step(apart))
+    assert driver.digest(together) == driver.digest(apart)
+
+
+def test_gradients_count_only_after_the_last_chunk(driver: Driver) -> None:
+    name = driver.trained()
+    first, last = driver.chunks(name, random_data(1, (5,)), random_data(2, (5,)))
+    driver.done(first)
+    assert driver.refused(driver.optim_step(name)).code == "no-gradients"
+    driver.done(last)
+    driver.done(driver.optim_step(name))
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_a_failed_chunk_leaves_nothing_of_its_request(driver: Driver, broken: int) -> None:
+    """Neither before nor after the failure; an earlier request's gradient stays as it was."""
+    name, reference = driver.trained(), driver.trained()
+    earlier = random_data(1, (7,))
+    driver.done(driver.forward_backward(name, earlier), driver.forward_backward(reference, earlier))
+    parts = [random_data(seed, (5,)) for seed in (2, 3, 4)]
+    parts[broken] = [datum([1, driver.info.vocab_size, 2])]
+    answers = driver.run(*driver.chunks(name, *parts))
+    assert [isinstance(answer, UnitFailed) for answer in answers] == [i >= broken for i in range(3)]
+    assert all(answer.category == "user" for answer in answers if isinstance(answer, UnitFailed))
+    driver.done(driver.optim_step(name), driver.optim_step(reference))
+    assert driver.digest(name) == driver.digest(reference)
+
+
+def test_a_failed_request_is_no_gradient(driver: Driver) -> None:
+    name = driver.adapter()
+    before = driver.digest(name)
+    driver.refused(driver.forward_backward(name, [datum([1, 2, -1])]))
+    assert driver.refused(driver.optim_step(name)).code == "no-gradients"
+    assert driver.digest(name) == before
+
+
+# ------------------------------------------------------------------------------------------ bad requests
+
+
+def bad_data(driver: Driver) -> list[tuple[str, list[Datum], LossSpec]]:
+    vocab, longest = driver.info.vocab_size, driver.info.max_length
+    good, one = LossSpec(), [1.0, 1.0]
+    policy = LossSpec(name="importance_sampling")
+    return [
+        ("no data", [], good),
+        ("no tokens", [Datum(b"", b"", {})], good),
+        ("half a token", [Datum(b"\1\0", b"\1\0", {})], good),
+        ("token too large", [datum([1, vocab, 2])], good),
+        ("negative token", [datum([-1, 1, 2])], good),
+        ("target too large", [Datum(ints([1, 2]), ints([1, vocab]), {})], good),
+        ("negative target", [Datum(ints([1, 2]), ints([1, -(2**31)]), {})], good),
+        ("fewer targets", [Datum(ints([1, 2]), ints([1]), {})], good),
+        ("too long", [datum([1] * (longest + 2))], good),
+        ("fewer weights", [datum([1, 2, 3], weights=[1.0])], good),
+        ("NaN weight", [datum([1, 2, 3], weights=[1.0, math.nan])], good),
+        ("infinite weight", [datum([1, 2, 3], weights=[math.inf, 1.0])], good),
+        ("unknown input", [datum([1, 2, 3], whites=one)], good),
+        ("unknown loss", [datum([1, 2, 3])], LossSpec(name="no_such_loss")),
+        ("unknown setting", [datum([1, 2, 3])], LossSpec(config={"epsilon": 1.0})),
+        ("missing input", [datum([1, 2, 3], logprobs=one)], policy),
+        ("infinite ratio", [datum([1, 2, 3], logprobs=[-1e30, -1e30], advantages=one)], policy),
+        ("NaN advantage", [datum([1, 2, 3], logprobs=one, advantages=[math.nan, 1.0])], policy),
+    ]
+
+
+def test_bad_data_is_the_callers_mistake(driver: Driver) -> None:
+    """And leaves the adapter, its accumulated gradient included, as it was."""
+    name, reference = driver.trained(), driver.trained()
+    data = random_data(1, (7,))
+    driver.done(driver.forward_backward(name, data), driver.forward_backward(reference, data))
+    for label, bad, loss in bad_data(driver):
+        answer = driver.run(driver.forward_backward(name, bad, loss))[0]
+        assert isinstance(answer, UnitFailed), label
+        assert answer.category == "user", (label, answer)
+    driver.done(driver.optim_step(name), driver.optim_step(reference))
+    assert driver.digest(name) == driver.digest(reference)
+
+
+def test_a_datum_that_fails_takes_its_whole_request(driver: Driver) -> None:
+    name = driver.adapter()
+    driver.refused(driver.forward_backward(name, [*random_data(1, (7,)), datum([1, 2, -5])]))
+    assert driver.refused(driver.optim_step(name)).code == "no-gradients"
+
+
+# --------------------------------------------------------------------------------------------- optim_step
+
+
+def test_a_step_changes_the_state_and_counts(driver: Driver) -> None:
+    name = driver.adapter()
+    before = driver.digest(name)
+    for step in (1, 2):
+        _, done = driver.done(driver.forward_backward(name, random_data(step, (6,))), driver.optim_step(name))
+        assert isinstance(done, OptimStepDone)
+        assert done.step == step
+        assert done.state_digest == driver.digest(name) != before
+        assert driver.executor.snapshot(name).step == step
+
+
+def test_clipping_is_by_the_whole_norm(driver: Driver) -> None:
+    """A bound above the norm changes nothing, one below it the step; the norm is reported before clipping."""
+    data = random_data(1, (9,))
+    norms = []
+    states = []
+    for clip in (0.0, 1e9):
+        name = driver.trained()
+        _, done = driver.done(
+            driver.forward_backward(name, data), driver.optim_step(name, AdamParams(grad_clip_norm=clip))
+        )
+        assert isinstance(done, OptimStepDone)
+        norms.append(done.grad_norm)
+        states.append(done.state_digest)
+    assert norms[0] == norms[1] > 0
+    assert states[0] == states[1]
+    name = driver.trained()
+    adam = AdamParams(grad_clip_norm=norms[0] / 4)
+    _, done = driver.done(driver.forward_backward(name, data), driver.optim_step(name, adam))
+    assert isinstance(done, OptimStepDone)
+    assert done.grad_norm == norms[0]
+    assert done.state_digest != states[0]
+
+
+def test_a_step_of_zero_length_keeps_the_model(driver: Driver) -> None:
+    name = driver.trained()
+    data = random_data(1, (9,))
+    first, _, second = driver.done(
+        driver.forward_backward(name, data),
+        driver.optim_step(name, AdamParams(learning_rate=0.0)),
+        driver.forward_backward(name, data),
+    )
+    assert nameless(first) == nameless(second)
+
+
+# --------------------------------------------------------------------------------------- snapshot, load
+
+
+def test_a_loaded_adapter_continues_bit_for_bit(driver: Driver) -> None:
+    original = driver.trained()
+    state = driver.executor.snapshot(original)
+    assert state.step == 2
+    copy = driver.name()
+    report = driver.executor.load(copy, state, True)
+    assert (report.step, report.state_digest) == (2, state.digest)
+    assert driver.executor.snapshot(copy) == state
+    for step in range(2):
+        data = random_data(50 + step, (8, 3))
+        answers = []
+        for name in (original, copy):
+            answers.append(driver.done(driver.forward_backward(name, data), driver.optim_step(name)))
+        assert list(map(nameless, answers[0])) == list(map(nameless, answers[1]))
+    assert driver.digest(original) == driver.digest(copy)
+
+
+def test_loading_weights_alone_starts_the_optimizer_anew(driver: Driver) -> None:
+    original = driver.trained()
+    state = driver.executor.snapshot(original)
+    bare = msgspec.structs.replace(state, optimizer=None)
+    first, second = driver.name(), driver.name()
+    reports = [driver.executor.load(first, state, False), driver.executor.load(second, bare, False)]
+    assert reports[0] == reports[1]
+    assert reports[0].step == 0
+    assert reports[0].state_digest != state.digest
+    data = random_data(1, (6,))
+    forwards = [driver.forward_backward(name, data) for name in (original, first, second)]
+    a, b, c = map(nameless, driver.done(*forwards))
+    assert a == b == c
+    steps = driver.done(driver.optim_step(first), driver.optim_step(second))
+    assert nameless(steps[0]) == nameless(steps[1])
+    assert isinstance(steps[0], OptimStepDone)
+    assert steps[0].step == 1
+    with pytest.raises(UserError):
+        driver.executor.load(first, bare, True)
+
+
+def test_a_snapshot_has_no_gradients_and_is_a_copy(driver: Driver) -> None:
+    name = driver.trained()
+    before = driver.executor.snapshot(name)
+    driver.done(driver.forward_backward(name, random_data(1, (6,))))
+    assert driver.executor.snapshot(name) == before
+    driver.executor.load(name, before, True)
+    assert driver.refused(driver.optim_step(name)).code == "no-gradients"
+
+
+def test_load_takes_the_place_of_another_shape(driver: Driver) -> None:
+    state = driver.executor.snapshot(driver.trained(1, OTHERS[1]))
+    name = driver.trained(0, OTHERS[0])
+    report = driver.executor.load(name, state, True)
+    assert report.state_digest == state.digest
+    assert driver.executor.snapshot(name).lora == OTHERS[1]
+
+
+def test_damaged_states_are_refused(driver: Driver) -> None:
+    """And leave the adapter they would have replaced."""
+    name = driver.trained()
+    state = driver.executor.snapshot(name)
+    assert state.optimizer is not None
+    for damage in (
+        {"weights": state.weights[:-8]},
+        {"weights": b""},
+        {"optimizer": b"garbage"},
+        {"lora": LoraConfig(rank=5, targets=state.lora.targets)},
+    ):
+        with pytest.raises(TinkerbellError):
+            driver.executor.load(name, msgspec.structs.replace(state, **damage), True)
+    assert driver.digest(name) == state.digest
+    driver.done(driver.forward_backward(name, random_data(1, (6,))), driver.optim_step(name))
+
+
+# ------------------------------------------------------------------------------------------------ sample
+
+
+def sampled(driver: Driver, name: str | None, prompt: list[int], **params: object) -> SampleDone:
+    (done,) = driver.done(driver.sample(name, prompt, **params))  # type: ignore[arg-type]
+    assert isinstance(done, SampleDone)
+    return done
+
+
+def test_a_sample_has_the_length_asked_for(driver: Driver) -> None:
+    done = sampled(driver, driver.trained(), [1, 2, 3], max_tokens=7, num_samples=3)
+    assert len(done.sequences) == 3
+    for sequence in done.sequences:
+        assert len(sequence.tokens) == len(sequence.logprobs) == 4 * 7
+        assert sequence.stop_reason == "length"
+        assert all(0 <= token < driver.info.vocab_size for token in read_ints(sequence.tokens))
+    assert done.prompt_logprobs is None
+
+
+def test_sample_logprobs_are_the_models_own(driver: Driver) -> None:
+    """At temperature 1 without cuts, whatever the settings; the same as a forward's on the same tokens."""
+    name = driver.trained()
+    prompt = [9, 8, 7]
+    for params in ({}, {"temperature": 0.3}, {"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.2}):
+        done = sampled(driver, name, prompt, max_tokens=6, prompt_logprobs=True, **params)
+        tokens = prompt + read_ints(done.sequences[0].tokens)
+        (forward,) = driver.done(driver.forward_backward(name, [datum(tokens)], backward=False))
+        assert isinstance(forward, ForwardBackwardDone)
+        assert done.prompt_logprobs is not None
+        found = read_floats(done.prompt_logprobs) + read_floats(done.sequences[0].logprobs)
+        assert found == pytest.approx(read_floats(forward.logprobs[0]), abs=1e-5)
+
+
+def test_prompt_logprobs_of_a_single_token_are_empty(driver: Driver) -> None:
+    assert sampled(driver, None, [4], max_tokens=1, prompt_logprobs=True).prompt_logprobs == b""
+
+
+def test_the_seed_makes_the_sample_alone_and_in_company(driver: Driver) -> None:
+    name, other = driver.trained(), driver.trained(1, OTHERS[1])
+    settings = {"max_tokens": 9, "num_samples": 3, "temperature": 0.9}
+    alone = sampled(driver, name, [1, 2], seed=5, **settings)
+    again = sampled(driver, name, [1, 2], seed=5, **settings)
+    different = sampled(driver, name, [1, 2], seed=6, **settings)
+    assert nameless(alone) == nameless(again)
+    assert alone.sequences != different.sequences
+    assert alone.sequences[0] != alone.sequences[1]
+    company = [
+        driver.sample(other, [3] * 20, seed=5, max_tokens=4),
+        driver.sample(name, [1, 2], seed=5, **settings),
+        driver.sample(None, [1, 2], seed=9, max_tokens=30, num_samples=2),
+        driver.sample(name, [1, 2], seed=7, max_tokens=2),
+    ]
+    generator = random.Random(0)
+    for _ in range(3):
+        answers = dict(zip((unit.request for unit in company), driver.done(*company), strict=True))
+        mine = next(unit for unit in company if unit.seed == 5 and unit.params.num_samples == 3)
+        assert nameless(answers[mine.request]) == nameless(alone)
+        generator.shuffle(company)
+
+
+def test_fewer_samples_are_a_prefix_of_more(driver: Driver) -> None:
+    name = driver.trained()
+    few = sampled(driver, name, [1, 2], seed=3, max_tokens=5, num_samples=2)
+    more = sampled(driver, name, [1, 2], seed=3, max_tokens=5, num_samples=4)
+    assert [s.tokens for s in more.sequences[:2]] == [s.tokens for s in few.sequences]
+
+
+def test_greedy_takes_the_likeliest_token(driver: Driver) -> None:
+    name = driver.trained()
+    greedy = sampled(driver, name, [1, 2, 3], seed=1, temperature=0.0, max_tokens=1)
+    same = sampled(driver, name, [1, 2, 3], seed=2, temperature=0.0, max_tokens=1)
+    assert greedy.sequences == same.sequences
+    data = [Datum(ints([1, 2, 3]), ints([0, 0, target]), {}) for target in range(driver.info.vocab_size)]
+    (forward,) = driver.done(driver.forward_backward(name, data, backward=False))
+    assert isinstance(forward, ForwardBackwardDone)
+    last = [read_floats(raw)[-1] for raw in forward.logprobs]
+    assert read_ints(greedy.sequences[0].tokens)[0] == last.index(max(last))
+
+
+def test_stop_tokens_end_a_sample_and_stay_once(driver: Driver) -> None:
+    name = driver.trained()
+    free = read_ints(sampled(driver, name, [1, 2], seed=4, max_tokens=12).sequences[0].tokens)
+    stop = free[5]
+    length = free.index(stop) + 1
+    done = sampled(driver, name, [1, 2], seed=4, max_tokens=12, stop_tokens=(stop,))
+    assert read_ints(done.sequences[0].tokens) == free[:length]
+    assert done.sequences[0].stop_reason == "stop"
+    exact = sampled(driver, name, [1, 2], seed=4, max_tokens=length, stop_tokens=(stop,))
+    assert exact.sequences == done.sequences
+    short = sampled(driver, name, [1, 2], seed=4, max_tokens=length - 1, stop_tokens=(stop,))
+    assert (len(short.sequences[0].tokens), short.sequences[0].stop_reason) == (4 * (length - 1), "length")
+
+
+def test_without_stop_tokens_the_models_end_counts(driver: Driver) -> None:
+    """top_k of the whole vocabulary at a high temperature meets the end token sooner or later."""
+    (eos, *_) = driver.info.eos_tokens
+    settings = {"seed": 1, "max_tokens": 300, "num_samples": 6, "temperature": 50.0}
+    free = sampled(driver, None, [1, 2], **settings)
+    stopped = sampled(driver, None, [1, 2], stop_tokens=None, **settings)
+    assert any(eos in read_ints(sequence.tokens) for sequence in free.sequences)
+    for a, b in zip(free.sequences, stopped.sequences, strict=True):
+        tokens = read_ints(a.tokens)
+        assert read_ints(b.tokens) == (tokens[: tokens.index(eos) + 1] if eos in tokens else tokens)
+        assert b.stop_reason == ("stop" if eos in tokens else "length")
+
+
+def test_the_models_length_bounds_a_sample(driver: Driver) -> None:
+    longest = driver.info.max_length
+    done = sampled(driver, None, [1] * (longest - 3), max_tokens=50)
+    assert len(done.sequences[0].tokens) == 4 * 3
+    assert done.sequences[0].stop_reason == "length"
+    driver.refused(driver.sample(None, [1] * longest))
+    driver.refused(driver.sample(None, [1] * (longest + 1)))
+
+
+def test_bad_prompts_fail_alone(driver: Driver) -> None:
+    name = driver.trained()
+    (alone,) = driver.done(driver.sample(name, [1, 2], seed=2, max_tokens=4))
+    for prompt in ([], [1, -1], [driver.info.vocab_size]):
+        failed, company = driver.run(driver.sample(name, prompt), driver.sample(name, [1, 2], seed=2, max_tokens=4))
+        assert isinstance(failed, UnitFailed)
+        assert failed.category == "user"
+        assert nameless(company) == nameless(alone)
+
+
+def test_sampling_leaves_the_adapter_as_it_was(driver: Driver) -> None:
+    name, reference = driver.trained(), driver.trained()
+    data = random_data(1, (6,))
+    driver.done(driver.forward_backward(name, data), driver.forward_backward(reference, data))
+    before = driver.digest(name)
+    sampled(driver, name, [1, 2, 3], max_tokens=5, prompt_logprobs=True)
+    assert driver.digest(name) == before
+    driver.done(driver.optim_step(name), driver.optim_step(reference))
+    assert driver.digest(name) == driver.digest(reference)
+
+
+def test_a_sample_sees_the_weights_of_its_place(driver: Driver) -> None:
+    """Between two steps in one batch it sees the first step's weights."""
+    name, reference = driver.adapter(), driver.adapter()
+    adam = AdamParams(learning_rate=0.05)
+    data = [random_data(seed, (9,)) for seed in (1, 2)]
+    (_, _, inside, *_) = driver.done(
+        driver.forward_backward(name, data[0]), driver.optim_step(name, adam),
+        driver.sample(name, [1, 2], max_tokens=4, prompt_logprobs=True),
+        driver.forward_backward(name, data[1]), driver.optim_step(name, adam),
+    )  # fmt: skip
+    driver.done(driver.forward_backward(reference, data[0]), driver.optim_step(reference, adam))
+    assert nameless(inside) == nameless(sampled(driver, reference, [1, 2], max_tokens=4, prompt_logprobs=True))
+
+
+def test_random_work_gives_the_same_bits_in_any_batching(driver: Driver) -> None:
+    """Thirty random units of three adapters, in batches of one and in random batches."""
+    generator = random.Random(1)
+    work: list[tuple[int, str, int]] = []
+    for number in range(30):
+        kind = generator.choice(["forward_backward", "forward_backward", "optim_step", "sample"])
+        work.append((generator.randrange(3), kind, number))
+
+    def carry_out(cut: random.Random | None) -> tuple[dict[int, list[UnitResult]], list[str]]:
+        names = [driver.adapter(seed, OTHERS[seed]) for seed in range(3)]
+        answers: dict[int, list[UnitResult]] = {0: [], 1: [], 2: []}
+        position = 0
+        while position < len(work):
+            taken = work[position : position + (cut.randint(2, 9) if cut else 1)]
+            position += len(taken)
+            units = []
+            for who, kind, number in taken:
+                if kind == "forward_backward":
+                    units.append(driver.forward_backward(names[who], random_data(number, (3 + number, 5))))
+                elif kind == "optim_step":
+                    units.append(driver.optim_step(names[who], ADAM))
+                else:
+                    units.append(driver.sample(names[who], [number, 1], seed=number, max_tokens=5))
+            for (who, _, _), answer in zip(taken, driver.run(*units), strict=True):
+                answers[who].append(nameless(answer))
+        return answers, [driver.digest(name) for name in names]
+
+    assert carry_out(None) == carry_out(generator)

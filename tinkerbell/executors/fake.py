@@ -1,0 +1,275 @@
+"""The fake executor: a toy language model with real gradients, honest to every rule of the port.
+
+It stands in for an accelerator in tests, benchmarks of the server, and demonstrations without torch.
+"""
+
+import math
+import operator
+import platform
+import struct
+import time
+from array import array
+from collections.abc import Sequence
+
+import msgspec
+
+from tinkerbell.errors import InvalidRequest, NotFound, ServerError, TinkerbellError, UserError
+from tinkerbell.executors import fake_losses
+from tinkerbell.executors.fake_adapter import FakeAdapter, NonFinite
+from tinkerbell.executors.fake_model import BaseModel, Distribution
+from tinkerbell.executors.port import (
+    AdapterReport,
+    AdapterState,
+    Batch,
+    BatchResult,
+    Environment,
+    ForwardBackward,
+    ForwardBackwardDone,
+    OptimStep,
+    OptimStepDone,
+    Sample,
+    SampleDone,
+    Unit,
+    UnitFailed,
+    UnitResult,
+)
+from tinkerbell.executors.protocol import ExecutorOptions
+from tinkerbell.types import TARGET_PRESETS, AdapterId, LoraConfig, ModelInfo, SampledSequence
+
+TARGETS = (*TARGET_PRESETS["all-linear"], "lm_head")
+EOS_TOKEN = 0
+
+
+class LostChunk(ServerError):
+    """An earlier chunk of the request is not in this executor."""
+
+    slug = "lost-chunk"
+
+
+class _OpenRequest:
+    """A request whose last chunk has not come yet."""
+
+    def __init__(self, request: int, length: int) -> None:
+        self.request = request
+        self.gradient = array("d", bytes(8 * length))
+        self.failure: UnitFailed | None = None
+        """Of its first chunk that failed."""
+
+
+class FakeExecutor:
+    """Implements port.Executor.
+
+    Options in `extra`, all whole numbers: `vocab_size` and `max_length` of the model; `latency_us` per batch
+    and `us_per_token`, which are slept away to look like an accelerator.
+    """
+
+    def __init__(self, options: ExecutorOptions) -> None:
+        known = {"vocab_size": 256, "max_length": 4096, "latency_us": 0, "us_per_token": 0}
+        settings = known | _integers(options.extra, known)
+        self._latency_us = settings["latency_us"]
+        self._us_per_token = settings["us_per_token"]
+        self._info = ModelInfo(
+            name="fake",
+            vocab_size=settings["vocab_size"],
+            max_length=settings["max_length"],
+            targets=TARGETS,
+            eos_tokens=(EOS_TOKEN,),
+            tokenizer="",
+        )
+        self._base = BaseModel(self._info.vocab_size)
+        self._base_distribution = Distribution(self._base, None)
+        self._adapters: dict[AdapterId, FakeAdapter] = {}
+        self._distributions: dict[AdapterId, Distribution] = {}
+        self._open: dict[AdapterId, _OpenRequest] = {}
+
+    def describe(self) -> Environment:
+        """See port.Executor."""
+        facts = {"arithmetic": f"float64 of Python {platform.python_version()}", "vocab_size": str(self._info.vocab_size)}
+        return Environment(executor="fake", model=self._info, exact=True, facts=facts)
+
+    def create(self, adapter: AdapterId, lora: LoraConfig, seed: int) -> AdapterReport:
+        """See port.Executor. The number of parameters depends on the rank alone."""
+        for target in lora.targets:
+            if target not in TARGETS and target not in TARGET_PRESETS:
+                raise InvalidRequest(f"target `{target}`: the model has {', '.join(TARGETS)}")
+        fresh = FakeAdapter(lora)
+        fresh.initialise(seed)
+        return self._install(adapter, fresh)
+
+    def load(self, adapter: AdapterId, state: AdapterState, with_optimizer: bool) -> AdapterReport:
+        """See port.Executor."""
+        return self._install(adapter, FakeAdapter.from_state(state, with_optimizer))
+
+    def snapshot(self, adapter: AdapterId) -> AdapterState:
+        """See port.Executor."""
+        return self._find(adapter).state()
+
+    def remove(self, adapter: AdapterId) -> None:
+        """See port.Executor."""
+        for table in (self._adapters, self._distributions, self._open):
+            table.pop(adapter, None)
+
+    def run(self, batch: Batch) -> BatchResult:
+        """See port.Executor."""
+        started = time.perf_counter_ns()
+        results = [self._run(unit) for unit in batch.units]
+        pause_us = self._latency_us
+        if self._us_per_token:
+            pause_us += self._us_per_token * sum(map(_num_tokens, batch.units, results))
+        if pause_us:
+            time.sleep(pause_us / 1e6)
+        return BatchResult(results=results, busy_us=(time.perf_counter_ns() - started) // 1000)
+
+    def _run(self, unit: Unit) -> UnitResult:
+        try:
+            match unit:
+                case ForwardBackward():
+                    return self._forward_backward(unit)
+                case OptimStep():
+                    return self._optim_step(unit)
+                case Sample():
+                    return self._sample(unit)
+        except TinkerbellError as exc:
+            return UnitFailed(request=unit.request, category=exc.category, code=exc.slug, message=exc.detail)
+
+    def _forward_backward(self, unit: ForwardBackward) -> UnitResult:
+        adapter = self._find(unit.adapter)
+        if unit.first:
+            self._open[unit.adapter] = _OpenRequest(unit.request, len(adapter.weights))
+        request = self._open.get(unit.adapter)
+        if request is None or request.request != unit.request:
+            raise LostChunk("an earlier chunk of this request is not in this executor")
+        if unit.last:
+            del self._open[unit.adapter]
+        if request.failure is not None:
+            message = f"an earlier chunk of this request failed: {request.failure.message}"
+            return msgspec.structs.replace(request.failure, message=message)
+        try:
+            done = self._chunk(unit, adapter, request)
+        except UserError as exc:
+            request.failure = UnitFailed(
+                request=unit.request, category=exc.category, code=exc.slug, message=exc.detail
+            )
+            return request.failure
+        if unit.last and unit.backward:
+            adapter.accumulate(request.gradient)
+        return done
+
+    def _chunk(
+        self, unit: ForwardBackward, adapter: FakeAdapter, request: _OpenRequest
+    ) -> ForwardBackwardDone:
+        """Add the chunk's gradient to its request's, all or nothing."""
+        if not unit.data:
+            raise InvalidRequest("there is no datum in this request")
+        distribution = self._distribution(unit.adapter)
+        total = array("d", bytes(8 * len(adapter.weights)))
+        losses: list[float] = []
+        metrics: dict[str, float] = {}
+        logprobs: list[bytes] = []
+        for datum in unit.data:
+            tokens, targets = self._tokens(datum.tokens), self._tokens(datum.targets)
+            if len(tokens) != len(targets):
+                raise InvalidRequest(f"{len(targets)} targets for {len(tokens)} tokens")
+            inputs = fake_losses.loss_inputs(unit.loss, datum)
+            found = distribution.target_logprobs(tokens, targets)
+            value = fake_losses.evaluate(unit.loss, found, inputs)
+            losses.append(value.loss)
+            for name, metric in value.metrics.items():
+                metrics[name] = metrics.get(name, 0.0) + metric
+            logprobs.append(struct.pack(f"<{len(found)}f", *found))
+            if unit.backward:
+                by_delta = distribution.gradient(tokens, targets, value.slopes)
+                total = array("d", map(operator.add, total, adapter.chain(by_delta)))
+        loss = math.fsum(losses)
+        if not math.isfinite(loss) or not all(map(math.isfinite, total)):
+            raise NonFinite("the loss or the gradient of this request is not finite")
+        request.gradient = array("d", map(operator.add, request.gradient, total))
+        return ForwardBackwardDone(request=unit.request, loss=loss, metrics=metrics, logprobs=logprobs)
+
+    def _optim_step(self, unit: OptimStep) -> UnitResult:
+        adapter = self._find(unit.adapter)
+        grad_norm = adapter.optim_step(unit.adam)
+        self._distributions.pop(unit.adapter, None)
+        return OptimStepDone(
+            request=unit.request, step=adapter.step, grad_norm=grad_norm, state_digest=adapter.digest()
+        )
+
+    def _sample(self, unit: Sample) -> UnitResult:
+        distribution = self._base_distribution if unit.adapter is None else self._distribution(unit.adapter)
+        prompt = self._tokens(unit.prompt)
+        params = unit.params
+        max_tokens = min(params.max_tokens, self._info.max_length - len(prompt))
+        if max_tokens < 1:
+            raise InvalidRequest(
+                f"a prompt of {len(prompt)} tokens leaves no room in {self._info.max_length}"
+            )
+        stop_tokens = set(self._info.eos_tokens if params.stop_tokens is None else params.stop_tokens)
+        sequences: list[SampledSequence] = []
+        for sample in range(params.num_samples):
+            tokens, logprobs, stopped = distribution.sample(
+                prompt, params, unit.seed, sample, max_tokens, stop_tokens
+            )
+            sequences.append(
+                SampledSequence(
+                    struct.pack(f"<{len(tokens)}i", *tokens),
+                    struct.pack(f"<{len(logprobs)}f", *logprobs),
+                    "stop" if stopped else "length",
+                )
+            )
+        prompt_logprobs = None
+        if params.prompt_logprobs:
+            found = distribution.target_logprobs(prompt[:-1], prompt[1:])
+            prompt_logprobs = struct.pack(f"<{len(found)}f", *found)
+        return SampleDone(request=unit.request, sequences=sequences, prompt_logprobs=prompt_logprobs)
+
+    def _install(self, name: AdapterId, adapter: FakeAdapter) -> AdapterReport:
+        self.remove(name)
+        self._adapters[name] = adapter
+        return AdapterReport(
+            num_parameters=len(adapter.weights), step=adapter.step, state_digest=adapter.digest()
+        )
+
+    def _find(self, name: AdapterId) -> FakeAdapter:
+        adapter = self._adapters.get(name)
+        if adapter is None:
+            raise NotFound(f"adapter {name} is not in the executor")
+        return adapter
+
+    def _distribution(self, name: AdapterId) -> Distribution:
+        """Of the adapter's present weights; kept until they change."""
+        adapter = self._find(name)
+        found = self._distributions.get(name)
+        if found is None:
+            found = self._distributions[name] = Distribution(self._base, adapter.deltas())
+        return found
+
+    def _tokens(self, raw: bytes) -> Sequence[int]:
+        """[N] ids. Raises InvalidRequest for none, too many, or one outside the vocabulary."""
+        if not raw or len(raw) % 4:
+            raise InvalidRequest("a sequence needs at least one token of four bytes")
+        tokens = struct.unpack(f"<{len(raw) // 4}i", raw)
+        if len(tokens) > self._info.max_length:
+            raise InvalidRequest(f"{len(tokens)} tokens are more than the model's {self._info.max_length}")
+        for token in tokens:
+            if not 0 <= token < self._info.vocab_size:
+                raise InvalidRequest(f"token {token} is outside the vocabulary of {self._info.vocab_size}")
+        return tokens
+
+
+def _num_tokens(unit: Unit, result: UnitResult) -> int:
+    """Tokens an accelerator would have to push through the model for this unit."""
+    match unit, result:
+        case ForwardBackward(), _:
+            return sum(datum.num_tokens for datum in unit.data)
+        case Sample(), SampleDone():
+            return (len(unit.prompt) + sum(len(sequence.tokens) for sequence in result.sequences)) // 4
+    return 0
+
+
+def _integers(extra: dict[str, str], known: dict[str, int]) -> dict[str, int]:
+    for name, value in extra.items():
+        if name not in known or not value.isdigit():
+            raise InvalidRequest(
+                f"fake executor: `{name}={value}`; it knows whole numbers for {', '.join(known)}"
+            )
+    return {name: int(value) for name, value in extra.items()}

@@ -1,0 +1,160 @@
+"""A toy language model in plain Python: next-token distributions over hashed features, with exact gradients.
+
+Shapes: V vocabulary, K features of an adapter, T tokens.
+
+The logit of token v after token c is base[c, v] + (alpha / rank) A[k] B[k] with k = feature(c, v), where base and
+feature are hashes. With B = 0 an adapter is the base model, as with LoRA, and A's gradient is zero.
+"""
+
+import hashlib
+import math
+import struct
+from collections.abc import Sequence
+from functools import cached_property
+
+from tinkerbell.executors.randomness import uniform
+from tinkerbell.types import SamplingParams
+
+BASE_SPREAD = 2.0
+"""Logits of the base model are uniform in ±BASE_SPREAD."""
+
+
+class Row:
+    """The distribution after one token."""
+
+    def __init__(self, logits: list[float]) -> None:
+        highest = max(logits)
+        total = sum(math.exp(z - highest) for z in logits)
+        log_total = highest + math.log(total)
+        self.logprobs = [z - log_total for z in logits]
+
+    @cached_property
+    def probabilities(self) -> list[float]:
+        """[V]"""
+        return [math.exp(logprob) for logprob in self.logprobs]
+
+
+class BaseModel:
+    """The frozen part: a table of logits and features, made row by row when it is first needed."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._logits: dict[int, list[float]] = {}
+        self._hashes: dict[int, tuple[int, ...]] = {}
+
+    def logits(self, token: int) -> list[float]:
+        """[V] of what follows `token`."""
+        row = self._logits.get(token)
+        if row is None:
+            step = 2 * BASE_SPREAD / 0xFFFFFFFF
+            row = self._logits[token] = [step * h - BASE_SPREAD for h in self._hash("logit", token)]
+        return row
+
+    def features(self, token: int, num_features: int) -> list[int]:
+        """[V] feature of each token after `token`, below `num_features`."""
+        hashes = self._hashes.get(token)
+        if hashes is None:
+            hashes = self._hashes[token] = self._hash("feature", token)
+        return [h % num_features for h in hashes]
+
+    def _hash(self, purpose: str, token: int) -> tuple[int, ...]:
+        data = hashlib.shake_128(f"{purpose}:{token}".encode()).digest(4 * self.vocab_size)
+        return struct.unpack(f"<{self.vocab_size}I", data)
+
+
+class Distribution:
+    """The base model with one state of an adapter: `deltas` [K] are added to the features' logits."""
+
+    def __init__(self, base: BaseModel, deltas: Sequence[float] | None) -> None:
+        self._base = base
+        self._deltas = deltas
+        self._rows: dict[int, Row] = {}
+
+    def row(self, token: int) -> Row:
+        """What follows `token`."""
+        row = self._rows.get(token)
+        if row is None:
+            logits = self._base.logits(token)
+            if self._deltas is not None:
+                deltas = self._deltas
+                features = self._base.features(token, len(deltas))
+                logits = [z + deltas[k] for z, k in zip(logits, features, strict=True)]
+            row = self._rows[token] = Row(logits)
+        return row
+
+    def target_logprobs(self, tokens: Sequence[int], targets: Sequence[int]) -> list[float]:
+        """[T] nats of each target after its token."""
+        return [self.row(token).logprobs[target] for token, target in zip(tokens, targets, strict=True)]
+
+    def gradient(self, tokens: Sequence[int], targets: Sequence[int], slopes: Sequence[float]) -> list[float]:
+        """[K] dLoss/ddelta, given slopes [T] = dLoss/dlogprob.
+
+        dlogp(y|c)/dlogit(v|c) = [v = y] - p(v|c); tokens with the same c share their row of p.
+        """
+        assert self._deltas is not None, "the base model has no gradient"
+        by_token: dict[int, dict[int, float]] = {}
+        for token, target, slope in zip(tokens, targets, slopes, strict=True):
+            per_target = by_token.setdefault(token, {})
+            per_target[target] = per_target.get(target, 0.0) + slope
+        gradient = [0.0] * len(self._deltas)
+        for token, per_target in by_token.items():
+            features = self._base.features(token, len(gradient))
+            total = sum(per_target.values())
+            for k, probability in zip(features, self.row(token).probabilities, strict=True):
+                gradient[k] -= total * probability
+            for target, slope in per_target.items():
+                gradient[features[target]] += slope
+        return gradient
+
+    def sample(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        sample: int,
+        max_tokens: int,
+        stop_tokens: set[int],
+    ) -> tuple[list[int], list[float], bool]:
+        """Tokens and logprobs of one continuation, and whether a stop ended it.
+
+        Tokens below 256 are bytes of text, for `params.stop`.
+        """
+        stops = [text.encode() for text in params.stop]
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        text = b""
+        last = prompt[-1]
+        for token in range(max_tokens):
+            row = self.row(last)
+            last = _choose(row, params, uniform(seed, sample, token))
+            tokens.append(last)
+            logprobs.append(row.logprobs[last])
+            text += bytes([last]) if last < 256 else b""
+            if last in stop_tokens or any(stop in text for stop in stops):
+                return tokens, logprobs, True
+        return tokens, logprobs, False
+
+
+def _choose(row: Row, params: SamplingParams, u: float) -> int:
+    """Inverse of the cumulative distribution after temperature, top_k and top_p, likeliest tokens first."""
+    order = sorted(range(len(row.logprobs)), key=lambda v: (-row.logprobs[v], v))
+    if params.temperature == 0:
+        return order[0]
+    if params.top_k > 0:
+        order = order[: params.top_k]
+    highest = row.logprobs[order[0]]
+    weights = [math.exp((row.logprobs[v] - highest) / params.temperature) for v in order]
+    total = sum(weights)
+    kept, reached = len(order), 0.0
+    for i, weight in enumerate(weights):
+        reached += weight
+        if reached >= params.top_p * total:
+            kept = i + 1
+            break
+    threshold = u * sum(weights[:kept])
+    reached = 0.0
+    for v, weight in zip(order[:kept], weights, strict=False):
+        reached += weight
+        if reached > threshold:
+            return v
+    return order[kept - 1]

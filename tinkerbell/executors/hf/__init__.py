@@ -1,0 +1,1 @@
+"""The HF executor: one frozen Hugging Face causal language model, many LoRA adapters in its memory."""

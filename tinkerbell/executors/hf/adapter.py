@@ -1,0 +1,124 @@
+"""One adapter in memory: a flat buffer each for weights, gradient and the two Adam moments.
+
+Shapes: R LoRA rank, I input features, O output features, P parameters of the adapter.
+"""
+
+import hashlib
+import math
+import struct
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tinkerbell.errors import InvalidRequest
+from tinkerbell.types import TARGET_PRESETS, LoraConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """A linear layer a LoRA can sit on: weight [O, I]."""
+
+    in_features: int
+    out_features: int
+
+
+class Pair(NamedTuple):
+    """The two factors of one layer, views of a flat buffer."""
+
+    A: Tensor
+    """[R, I]"""
+    B: Tensor
+    """[O, R]"""
+
+
+class Layout:
+    """Where each factor of an adapter lies in its flat buffer: A then B, layer after layer, in the model's order."""
+
+    def __init__(self, rank: int, shapes: dict[str, LinearShape]) -> None:
+        self.rank = rank
+        self.shapes = shapes
+        """Layers with a LoRA, by full module name."""
+        self.num_parameters = sum(rank * (s.in_features + s.out_features) for s in shapes.values())
+
+    def views(self, flat: Tensor) -> dict[str, Pair]:
+        """Factors by module name as views of `flat` [P]."""
+        pairs: dict[str, Pair] = {}
+        offset = 0
+        for name, shape in self.shapes.items():
+            middle = offset + self.rank * shape.in_features
+            end = middle + self.rank * shape.out_features
+            pairs[name] = Pair(
+                flat[offset:middle].view(self.rank, shape.in_features),
+                flat[middle:end].view(shape.out_features, self.rank),
+            )
+            offset = end
+        return pairs
+
+
+class Buffer:
+    """A flat tensor [P] and its factors."""
+
+    def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
+        self.flat = torch.zeros(layout.num_parameters, dtype=dtype, device=device)
+        self.pairs = layout.views(self.flat)
+
+
+class Adapter:
+    """Weights, accumulated gradient, Adam moments and step count of one adapter."""
+
+    def __init__(
+        self, lora: LoraConfig, shapes: dict[str, LinearShape], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """`shapes`: the layers it sits on, see `target_shapes`."""
+        self.lora = lora
+        self.scale = lora.alpha / lora.rank
+        self.layout = Layout(lora.rank, shapes)
+        self.dtype = dtype
+        self.device = device
+        self.weights = Buffer(self.layout, dtype, device)
+        self.exp_avg = Buffer(self.layout, dtype, device)
+        self.exp_avg_sq = Buffer(self.layout, dtype, device)
+        self.gradient: Buffer | None = None
+        """Sum over the forward_backward requests since the last optim_step; None where there were none."""
+        self.step = 0
+
+    def new_buffer(self) -> Buffer:
+        """A zeroed buffer of this adapter's layout."""
+        return Buffer(self.layout, self.dtype, self.device)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """A uniform in ±1/sqrt(I), which is PEFT's kaiming_uniform(a=sqrt 5), and B zero.
+
+        Each layer has its own generator, so its A does not depend on which other layers are targets.
+        """
+        for name, pair in self.weights.pairs.items():
+            key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+            bound = 1.0 / math.sqrt(pair.A.shape[1])
+            pair.A.copy_(torch.empty(pair.A.shape).uniform_(-bound, bound, generator=generator))
+
+    def digest(self) -> str:
+        """sha256 (hex) over weights, both moments (little-endian, flat order) and the step count."""
+        digest = hashlib.sha256()
+        for buffer in (self.weights, self.exp_avg, self.exp_avg_sq):
+            digest.update(buffer.flat.cpu().numpy().data)
+        digest.update(struct.pack("<q", self.step))
+        return digest.hexdigest()
+
+
+def target_shapes(lora: LoraConfig, shapes: dict[str, LinearShape]) -> dict[str, LinearShape]:
+    """The layers of the model that `lora.targets` names, in the model's order.
+
+    A preset takes those of its words that the model has. Raises InvalidRequest for a word that matches no layer.
+    """
+    known = {name.rsplit(".", 1)[-1] for name in shapes}
+    wanted: set[str] = set()
+    for target in lora.targets:
+        words = set(TARGET_PRESETS.get(target, (target,))) & known
+        if not words:
+            raise InvalidRequest(f"target `{target}`: no such layer in this model; it has {', '.join(sorted(known))}")
+        wanted |= words
+    return {name: shape for name, shape in shapes.items() if name.rsplit(".", 1)[-1] in wanted}

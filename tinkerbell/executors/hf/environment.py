@@ -1,0 +1,52 @@
+"""Process-wide numeric settings, and the facts about this process that decide bits."""
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import torch
+import transformers
+
+from tinkerbell.executors.hf.head import CHUNK_ROWS
+from tinkerbell.executors.hf.model import LoadedModel
+
+
+def configure(num_threads: int) -> None:
+    """Fix the thread count and ask torch for deterministic kernels; call before the model is loaded."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(num_threads)
+    torch.use_deterministic_algorithms(True)
+    # Every element of an uninitialised buffer here is written before it is read; filling them costs a pass each.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.set_float32_matmul_precision("highest")
+
+
+def facts(model: LoadedModel, chunk_tokens: int) -> dict[str, str]:
+    """`Environment.facts`: equal facts promise equal bits."""
+    device = model.runtime.device
+    return {
+        "weights_hash": model.weights_hash,
+        "dtype": str(model.runtime.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_cpu_model()}".strip(),
+        "threads": str(torch.get_num_threads()),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda or "none",
+        # Names the versions of MKL, oneDNN and the compiler.
+        "torch_build": hashlib.sha256(torch.__config__.show().encode()).hexdigest()[:16],
+        "transformers": transformers.__version__,
+        "deterministic": str(torch.are_deterministic_algorithms_enabled()).lower(),
+        "micro_batch": f"one unit; chunk_tokens={chunk_tokens}; head rows={CHUNK_ROWS}",
+    }
+
+
+def _cpu_model() -> str:
+    """The processor's name: kernels are chosen by it, not by the instruction set alone. Empty where unknown."""
+    listing = Path("/proc/cpuinfo")
+    if not listing.exists():
+        return platform.processor()
+    names = [
+        line.partition(":")[2].strip() for line in listing.read_text().splitlines() if line.startswith("model name")
+    ]
+    return names[0] if names else ""

@@ -1,0 +1,202 @@
+"""Runs ForwardBackward units: many micro-batches in one packed pass, one answer and one gradient each."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tinkerbell.errors import NotFound, UserError
+from tinkerbell.executors.hf.adapter import Adapter, Buffer
+from tinkerbell.executors.hf.failures import NonFinite, failed, out_of_memory
+from tinkerbell.executors.hf.head import target_logprobs
+from tinkerbell.executors.hf.packing import PACK_TOKENS, MicroBatch, micro_batch, packs, plan
+from tinkerbell.executors.hf.runtime import Runtime
+from tinkerbell.executors.port import ForwardBackward, ForwardBackwardDone, UnitFailed
+from tinkerbell.losses.registry import LossValue, evaluate
+from tinkerbell.types import AdapterId, ModelInfo
+
+log = logging.getLogger(__name__)
+
+Answer = ForwardBackwardDone | UnitFailed
+
+
+@dataclass(slots=True)
+class _OpenRequest:
+    """A request of which some chunks have run."""
+
+    request: int
+    gradient: Buffer | None = None
+    """Sum over its chunks so far."""
+    failure: UnitFailed | None = None
+    """Of its first chunk that failed."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One unit of a run, on its way to its answer."""
+
+    unit: ForwardBackward
+    batch: MicroBatch | None = None
+    """None where the unit was not acceptable."""
+    answer: Answer | None = None
+
+
+class Trainer:
+    """Forward and backward for the adapters of one runtime."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        info: ModelInfo,
+        adapters: dict[AdapterId, Adapter],
+        pack_tokens: int = PACK_TOKENS,
+    ) -> None:
+        """`adapters` is the executor's own mapping, which adds and removes."""
+        self._runtime = runtime
+        self._info = info
+        self._adapters = adapters
+        self._pack_tokens = pack_tokens
+        self._open: dict[AdapterId, _OpenRequest] = {}
+
+    def forget(self, adapter: AdapterId) -> None:
+        """Drop what an unfinished request of the adapter left."""
+        self._open.pop(adapter, None)
+
+    def run(self, units: Sequence[ForwardBackward]) -> list[Answer]:
+        """Answers in the order of `units`, which has the chunks of each adapter in request order.
+
+        A finished request's gradient is added to its adapter's. A failed unit leaves its adapter as it was and
+        the other units untouched.
+        """
+        entries = [self._entry(unit) for unit in units]
+        for backward in (True, False):
+            self._run_group([entry for entry in entries if entry.unit.backward is backward], backward)
+        answers = [entry.answer for entry in entries]
+        return [answer for answer in answers if answer is not None]
+
+    def _entry(self, unit: ForwardBackward) -> _Entry:
+        adapter = self._adapters.get(unit.adapter)
+        try:
+            if adapter is None:
+                raise NotFound(f"this executor has no adapter {unit.adapter}")
+            return _Entry(unit, micro_batch(unit, adapter, self._info, self._runtime.device))
+        except UserError as exc:
+            return _Entry(unit, answer=failed(unit.request, exc))
+
+    def _run_group(self, entries: list[_Entry], backward: bool) -> None:
+        """Pack after pack; each is settled at once, so that gradients of one pack at a time are held."""
+        settled = 0
+        for pack in packs([entry.batch for entry in entries if entry.batch is not None], self._pack_tokens):
+            answers = iter(self._run_pack(pack, backward))
+            remaining = len(pack)
+            while remaining:
+                entry = entries[settled]
+                if entry.batch is not None:
+                    entry.answer = next(answers)
+                    remaining -= 1
+                self._settle(entry)
+                settled += 1
+        for entry in entries[settled:]:
+            self._settle(entry)
+
+    def _run_pack(self, pack: list[MicroBatch], backward: bool) -> list[Answer]:
+        """Run together; if that raises, each by itself, so that only the culprit fails."""
+        try:
+            return self._compute(pack, backward)
+        except Exception as exc:
+            log.exception("a pack failed: requests %s", [batch.unit.request for batch in pack])
+            for batch in pack:
+                batch.gradient = None
+            failure = exc
+        if out_of_memory(failure) and self._runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(pack) == 1:
+            return [failed(pack[0].unit.request, failure)]
+        return [answer for batch in pack for answer in self._run_pack([batch], backward)]
+
+    def _compute(self, pack: list[MicroBatch], backward: bool) -> list[Answer]:
+        for batch in pack:
+            batch.gradient = batch.adapter.new_buffer() if backward else None
+        sizes = [batch.num_tokens for batch in pack]
+        rows = plan(pack)
+        with torch.set_grad_enabled(backward):
+            hidden = self._runtime.hidden(
+                torch.cat([batch.tokens for batch in pack]), torch.cat([batch.positions for batch in pack]), rows
+            )
+            logprobs = target_logprobs(self._runtime, hidden, torch.cat([batch.targets for batch in pack]), rows)
+        parts = torch.split(logprobs.detach(), sizes)
+        values = [_evaluate(batch, part) for batch, part in zip(pack, parts, strict=True)]
+        if backward and any(isinstance(value, LossValue) for value in values):
+            upstream = [
+                value.gradient if isinstance(value, LossValue) else torch.zeros_like(part)
+                for value, part in zip(values, parts, strict=True)
+            ]
+            torch.autograd.backward(logprobs, torch.cat(upstream))
+        return [_answer(batch, value, part) for batch, value, part in zip(pack, values, parts, strict=True)]
+
+    def _settle(self, entry: _Entry) -> None:
+        """Let the unit take effect, in request order: chunks add to their request, its last one to the adapter."""
+        unit, answer = entry.unit, entry.answer
+        assert answer is not None
+        if unit.first:
+            self._open[unit.adapter] = _OpenRequest(unit.request)
+        request = self._open.get(unit.adapter)
+        if request is None or request.request != unit.request:
+            entry.answer = UnitFailed(
+                request=unit.request, category="server", code="lost-chunk",
+                message="an earlier chunk of this request is not in this executor",
+            )  # fmt: skip
+            return
+        if request.failure is not None:
+            entry.answer = UnitFailed(
+                request=unit.request, category=request.failure.category, code=request.failure.code,
+                message=f"an earlier chunk of this request failed: {request.failure.message}",
+            )  # fmt: skip
+        elif isinstance(answer, UnitFailed):
+            request.failure, request.gradient = answer, None
+        elif entry.batch is not None and entry.batch.gradient is not None:
+            request.gradient = _plus(request.gradient, entry.batch.gradient)
+        if entry.batch is not None:
+            entry.batch.gradient = None
+        if unit.last:
+            del self._open[unit.adapter]
+            if request.gradient is not None:
+                adapter = self._adapters[unit.adapter]
+                adapter.gradient = _plus(adapter.gradient, request.gradient)
+
+
+def _plus(total: Buffer | None, part: Buffer) -> Buffer:
+    """`part` added into `total`, or `part` itself."""
+    if total is None:
+        return part
+    total.flat += part.flat
+    return total
+
+
+def _evaluate(batch: MicroBatch, logprobs: Tensor) -> LossValue | UnitFailed:
+    """The loss of one micro-batch; whatever goes wrong in it is that unit's failure."""
+    try:
+        value = evaluate(batch.loss, logprobs, batch.inputs)
+        if not (torch.isfinite(torch.tensor(value.loss)) and bool(torch.isfinite(value.gradient).all())):
+            raise NonFinite(f"the loss `{batch.unit.loss.name}` of this request is not finite")
+    except UserError as exc:
+        return failed(batch.unit.request, exc)
+    except Exception as exc:
+        log.exception("the loss of request %s failed", batch.unit.request)
+        return failed(batch.unit.request, exc)
+    return value
+
+
+def _answer(batch: MicroBatch, value: LossValue | UnitFailed, logprobs: Tensor) -> Answer:
+    if isinstance(value, UnitFailed):
+        return value
+    if batch.gradient is not None and not bool(torch.isfinite(batch.gradient.flat).all()):
+        return failed(batch.unit.request, NonFinite("the gradient of this request is not finite"))
+    return ForwardBackwardDone(
+        request=batch.unit.request,
+        loss=value.loss,
+        metrics=value.metrics,
+        logprobs=[part.numpy().tobytes() for part in torch.split(logprobs.float().cpu(), batch.lengths)],
+    )

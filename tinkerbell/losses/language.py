@@ -1,0 +1,22 @@
+"""Losses of language modelling.
+
+Shapes: N tokens of one micro-batch.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tinkerbell.losses.registry import LossResult, weights_of
+
+
+def cross_entropy(logprobs: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float]) -> LossResult:
+    """loss = - sum_t w_t log p_t, the negative log-likelihood of the targets.
+
+    `logprobs` [N] are log p_t; `weights` [N] are w_t, default 1. Source: Goodfellow, Bengio & Courville 2016,
+    Deep Learning, section 6.2.1.1.
+    """
+    weights = weights_of(logprobs, inputs)
+    loss = -(weights * logprobs).sum()
+    return loss, {"num_tokens": torch.tensor(float(len(logprobs))), "weight_sum": weights.sum()}
