@@ -1,0 +1,551 @@
+"""The scheduler with a real store and a real executor process: order, recovery, fencing, exactly one answer."""
+
+import os
+import random
+import signal
+import statistics
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import pytest
+import sqlalchemy as sa
+
+from tinkerbell.config import Settings
+from tinkerbell.errors import NotFound, TinkerbellError
+from tinkerbell.events import kinds, schema, tables
+from tinkerbell.events.kinds import Body, ForwardBackwardBody, NewEvent, Recorded, SampleBody, kind_of
+from tinkerbell.events.store import EventStore
+from tinkerbell.scheduler.service import SchedulerService
+from tinkerbell.types import AdamParams, AdapterId, Datum, LoraConfig, LossSpec, SamplingParams
+
+STEPS = 8
+
+
+def ints(values: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(values)}i", *values)
+
+
+def datum(generator: random.Random, length: int) -> Datum:
+    tokens = [generator.randrange(1, 256) for _ in range(length + 1)]
+    return Datum(ints(tokens[:-1]), ints(tokens[1:]), {})
+
+
+@dataclass
+class Asker:
+    """A tenant with one adapter, straight at the store."""
+
+    store: EventStore
+    tenant: str
+    adapter: AdapterId
+    positions: list[int] = field(default_factory=list)
+
+    def ask(self, event: kinds.AnyRequest, body: Body | None = None, *, base: bool = False) -> int:
+        stream = f"tenant/{self.tenant}" if base else f"adapter/{self.adapter}"
+        adapter = None if base else self.adapter
+        new = NewEvent(event=event, tenant=self.tenant, stream=stream, adapter=adapter, body=body)
+        (recorded,) = self.store.append(new)
+        self.positions.append(recorded.position)
+        return recorded.position
+
+    def add_lora(self, seed: int = 1, rank: int = 2, checkpoint: str | None = None) -> int:
+        lora = LoraConfig(rank=rank)
+        event = kinds.AddLoraRequested(
+            base_model="fake", lora=lora, seed=seed, checkpoint=checkpoint, with_optimizer=True
+        )
+        return self.ask(event)
+
+    def train(self, data: list[Datum], kind: str = "forward_backward") -> int:
+        cls = kinds.ForwardBackwardRequested if kind == "forward_backward" else kinds.ForwardRequested
+        event = cls(loss=LossSpec(), num_datums=len(data), num_tokens=sum(d.num_tokens for d in data))
+        return self.ask(event, ForwardBackwardBody(data=data))
+
+    def step(self) -> int:
+        return self.ask(kinds.OptimStepRequested(adam=AdamParams(learning_rate=0.05)))
+
+    def sample(self, seed: int | None = 7, *, base: bool = False, max_tokens: int = 8) -> int:
+        event = kinds.SampleRequested(params=SamplingParams(max_tokens=max_tokens, seed=seed), num_tokens=3)
+        return self.ask(event, SampleBody(prompt=ints([1, 2, 3])), base=base)
+
+    def save(self, checkpoint: str) -> int:
+        return self.ask(kinds.SaveRequested(checkpoint=checkpoint))
+
+    def load(self, checkpoint: str) -> int:
+        return self.ask(kinds.LoadRequested(checkpoint=checkpoint))
+
+    def remove(self) -> int:
+        return self.ask(kinds.RemoveLoraRequested())
+
+    def answers(self, timeout_s: float = 60.0) -> list[Recorded]:
+        """Results of everything asked so far, in the order of asking."""
+        return [self.answer(position, timeout_s) for position in self.positions]
+
+    def answer(self, position: int, timeout_s: float = 60.0) -> Recorded:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            row = self.store.queries.future(self.tenant, position)
+            assert row is not None
+            if row.result_position is not None:
+                found = self.store.get(row.result_position)
+                assert found is not None
+                return found
+            assert time.monotonic() < deadline, f"no answer to {row}"
+            time.sleep(0.005)
+
+    def digest(self) -> str | None:
+        row = self.store.queries.adapter(self.tenant, self.adapter)
+        assert row is not None
+        return row.state_digest
+
+
+@pytest.fixture
+def server_settings(database_settings) -> Settings:
+    return msgspec.structs.replace(
+        database_settings,
+        executor_options={"latency_us": "300"},
+        batch_tokens=64,
+        chunk_tokens=16,
+        checkpoint_every_steps=3,
+        lease_ttl_s=2.0,
+    )
+
+
+@pytest.fixture
+def store(server_settings) -> Iterator[EventStore]:
+    """Verified at the end of each test."""
+    opened = EventStore.open(server_settings)
+    yield opened
+    try:
+        opened.check()
+    finally:
+        opened.close()
+
+
+@pytest.fixture
+def serve(store, server_settings) -> Iterator[Callable[..., SchedulerService]]:
+    services: list[SchedulerService] = []
+
+    def start(**changes: object) -> SchedulerService:
+        service = SchedulerService(store, msgspec.structs.replace(server_settings, **changes))
+        services.append(service)
+        service.start()
+        return service
+
+    yield start
+    for service in services:
+        service.stop()
+        assert service.failed is None
+
+
+on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+"""For what does not depend on the database."""
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def ask_for_everything(store: EventStore, number: int) -> Asker:
+    """A run of one tenant with every kind of request, never waiting for a result."""
+    generator = random.Random(number)
+    asker = Asker(store, f"t{number}", f"ad_{number}")
+    asker.add_lora(seed=number, rank=1 + number)
+    for step in range(STEPS):
+        # Several chunks, and a datum that is longer than a chunk.
+        asker.train([datum(generator, generator.randrange(2, 24)) for _ in range(4)])
+        asker.train([datum(generator, 5)])
+        if step == 3:
+            asker.save(f"ck_between_{number}")
+        asker.step()
+        if step % 3 == 0:
+            asker.sample(seed=step)
+            asker.sample(seed=step + 100)
+            asker.sample(seed=step, base=True)
+        if step == 5:
+            asker.save(f"ck_{number}")
+        if step == 6:
+            asker.load(f"ck_{number}")
+        asker.train([datum(generator, 6)], kind="forward")
+        asker.step() if step == 2 else None
+    return asker
+
+
+def outcome(recorded: Recorded, store: EventStore) -> object:
+    """What must not depend on company, interruptions or positions."""
+    event, body = recorded.event, store.body(recorded)
+    match event:
+        case kinds.ForwardCompleted() | kinds.ForwardBackwardCompleted():
+            return kind_of(event), event.loss, body
+        case kinds.OptimStepCompleted():
+            return "optim_step", event.step, event.grad_norm, event.state_digest
+        case kinds.SampleCompleted():
+            return "sample", event.step, body
+        case kinds.Failed():
+            return "failed", event.category, event.code, event.message
+        case kinds.AddLoraCompleted() | kinds.SaveCompleted() | kinds.LoadCompleted():
+            return kind_of(event), event.step, event.state_digest
+    return kind_of(event)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory) -> list[list[object]]:
+    """Outcomes of four runs, each alone on a server of its own."""
+    found = []
+    for number in range(4):
+        settings = Settings(
+            data_dir=str(tmp_path_factory.mktemp("alone")), executor="fake", batch_tokens=64, chunk_tokens=16
+        )
+        schema.upgrade(settings.url)
+        store = EventStore.open(settings)
+        service = SchedulerService(store, settings)
+        service.start()
+        asker = ask_for_everything(store, number)
+        found.append([outcome(answer, store) for answer in asker.answers()])
+        service.stop()
+        store.close()
+    return found
+
+
+def types_of(store: EventStore, *types: str) -> list[Recorded]:
+    return store.read(0, limit=100_000, types=types)
+
+
+def test_four_tenants_together_get_what_each_gets_alone(store, serve, undisturbed):
+    askers = [ask_for_everything(store, number) for number in range(4)]
+    serve()
+    together = [[outcome(answer, store) for answer in asker.answers()] for asker in askers]
+    assert together == undisturbed
+    kinds_seen = {answer[0] for answer in undisturbed[0] if isinstance(answer, tuple)}
+    assert kinds_seen >= {
+        "add_lora",
+        "forward",
+        "forward_backward",
+        "optim_step",
+        "sample",
+        "save",
+        "load",
+        "failed",
+    }
+    failures = [answer for answer in undisturbed[0] if isinstance(answer, tuple) and answer[0] == "failed"]
+    assert [failure[1:3] for failure in failures] == [("user", "no-gradients")]
+    several = [e for e in types_of(store, "batch.planned") if len({u.request for u in e.event.units}) > 3]
+    assert several, "no batch held requests of several tenants"
+
+
+@on_sqlite
+def test_a_pipelined_step_lands_in_one_batch(store, serve):
+    asker = Asker(store, "t", "ad_t")
+    asker.add_lora()
+    fwdbwd, step = asker.train([datum(random.Random(0), 5)]), asker.step()
+    serve()
+    first, second = asker.answer(fwdbwd), asker.answer(step)
+    assert first.event.batch == second.event.batch
+    (ran,) = [e.event for e in types_of(store, "batch.ran") if e.event.batch == first.event.batch]
+    assert dict(ran.charges) == {fwdbwd: first.event.cost_us, step: second.event.cost_us}
+    assert ran.busy_us == first.event.cost_us + second.event.cost_us
+
+
+def test_a_killed_executor_loses_and_repeats_nothing(store, serve, undisturbed):
+    service = serve(executor_options={"latency_us": "2000"})
+    askers = [ask_for_everything(store, number) for number in range(4)]
+    killed = set()
+    for fraction in (3, 2):
+        wanted = sum(len(asker.positions) for asker in askers) // fraction
+        wait_until(lambda wanted=wanted: len(types_of(store, *RESULTS)) >= wanted)
+        pid = service.executor_pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        killed.add(pid)
+        wait_until(lambda: len(types_of(store, "environment.recorded")) == 1 + len(killed))
+    disturbed = [[outcome(answer, store) for answer in asker.answers()] for asker in askers]
+    assert len(killed) == 2
+    assert disturbed == undisturbed
+
+
+def test_a_restarted_server_goes_on(store, serve, undisturbed):
+    askers = [ask_for_everything(store, number) for number in range(4)]
+    for _ in range(3):
+        service = serve(executor_options={"latency_us": "2000"})
+        before = len(types_of(store, *RESULTS))
+        wait_until(lambda before=before: len(types_of(store, *RESULTS)) >= before + 20)
+        started = time.monotonic()
+        service.stop(2.0)
+        assert time.monotonic() - started < 3.0
+        left = store.queries.pending()
+        assert left
+    assert types_of(store, "checkpoint.written")
+    serve()
+    assert [[outcome(answer, store) for answer in asker.answers()] for asker in askers] == undisturbed
+
+
+@on_sqlite
+def test_a_server_that_ends_in_the_middle_of_a_batch_goes_on(store, serve, undisturbed):
+    asker = ask_for_everything(store, 1)
+    for _ in range(3):
+        before = len(types_of(store, *RESULTS))
+        service = serve(executor_options={"latency_us": "50000"})
+        wait_until(lambda before=before: len(types_of(store, *RESULTS)) > before)
+        service.stop(0.0)
+    serve()
+    assert [outcome(answer, store) for answer in asker.answers()] == undisturbed[1]
+
+
+def test_a_lost_lease_stops_the_leader_at_once(store, serve, server_settings, undisturbed):
+    service = serve(executor_options={"latency_us": "3000"}, lease_ttl_s=0.6)
+    askers = [ask_for_everything(store, number) for number in range(2)]
+    wait_until(lambda: len(types_of(store, *RESULTS)) > 10)
+    engine = sa.create_engine(server_settings.url)
+    lease = None
+    while lease is None:
+        with engine.begin() as connection:
+            connection.execute(sa.update(tables.leases).values(expires_us=0))
+        lease = store.acquire_lease("scheduler", "usurper", 0.9)
+    engine.dispose()
+    position = store.read(0, limit=100_000, types=["lease.granted"])[-1].position
+    wait_until(lambda: not service.leading)
+    time.sleep(0.2)
+    assert [e for e in types_of(store, *RESULTS, "batch.planned", "batch.ran") if e.position > position] == []
+    wait_until(lambda: service.leading)
+    outcomes = [[outcome(answer, store) for answer in asker.answers()] for asker in askers]
+    assert outcomes == undisturbed[:2]
+    assert [e.event.epoch for e in types_of(store, "lease.granted")] == [1, 2, 3]
+
+
+@on_sqlite
+def test_one_of_two_services_leads_and_the_other_takes_over(store, serve):
+    first, second = serve(), serve()
+    wait_until(lambda: first.leading)
+    assert not second.leading
+    asker = Asker(store, "t", "ad_t")
+    asker.add_lora()
+    asker.answers()
+    first.stop()
+    wait_until(lambda: second.leading)
+    asker.train([datum(random.Random(0), 5)])
+    asker.step()
+    assert [kind_of(answer.event) for answer in asker.answers()] == ["add_lora", "forward_backward", "optim_step"]
+
+
+@on_sqlite
+def test_gradients_before_a_save_survive_a_restart(store, serve):
+    def run(adapter: str, interrupted: bool) -> list[object]:
+        asker = Asker(store, "t", adapter)
+        generator = random.Random(0)
+        service = serve()
+        asker.add_lora()
+        asker.train([datum(generator, 30)])
+        asker.step()
+        asker.step()  # fails, and changes nothing
+        asker.train([datum(generator, 30), datum(generator, 3)])
+        asker.save(f"ck_{adapter}")
+        asker.train([datum(generator, 3)])
+        asker.answers()
+        if interrupted:
+            service.stop()
+            service = serve()
+        asker.step()
+        asker.sample()
+        found = [outcome(answer, store) for answer in asker.answers()]
+        service.stop()
+        return found
+
+    assert run("ad_calm", False) == run("ad_interrupted", True)
+
+
+@on_sqlite
+def test_an_executor_that_dies_idle_is_replaced(store, serve):
+    service = serve()
+    asker = Asker(store, "t", "ad_t")
+    asker.add_lora()
+    asker.answers()
+    first = service.executor_pid
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: len(types_of(store, "environment.recorded")) == 2)
+    asker.sample()
+    assert isinstance(asker.answers()[-1].event, kinds.SampleCompleted)
+    assert types_of(store, "batch.lost") == []
+
+
+@on_sqlite
+def test_a_request_that_kills_the_executor_fails_alone(store, serve, monkeypatch, tmp_path):
+    service = serve(executor_options={"latency_us": "200000"})
+    victim, killer = Asker(store, "victim", "ad_v"), Asker(store, "killer", "ad_k")
+    for asker in (victim, killer):
+        asker.add_lora()
+        asker.answers()
+    fwdbwd = killer.train([datum(random.Random(0), 5)])
+    victim.train([datum(random.Random(1), 5)])
+    victim.step()
+    killed: set[int] = set()
+    while (row := store.queries.future("killer", fwdbwd)) and row.result_position is None:
+        planned = types_of(store, "batch.planned")[-1].event
+        done = {e.event.batch for e in types_of(store, "batch.ran", "batch.lost")}
+        pid = service.executor_pid
+        runs = planned.batch not in done and fwdbwd in {unit.request for unit in planned.units}
+        if runs and pid is not None and pid not in killed:
+            os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
+        time.sleep(0.002)
+    failure = killer.answer(fwdbwd).event
+    assert (failure.category, failure.code) == ("server", "poison")
+    assert len(killed) == 3
+    assert [kind_of(answer.event) for answer in victim.answers()] == ["add_lora", "forward_backward", "optim_step"]
+    assert not any(isinstance(answer.event, kinds.Failed) for answer in victim.answers())
+    assert killer.train([datum(random.Random(0), 5)])
+    assert isinstance(killer.answers()[-1].event, kinds.ForwardBackwardCompleted)
+
+
+@on_sqlite
+def test_a_state_that_comes_out_different_is_lost_loudly(store, serve, server_settings):
+    service = serve()
+    good, bad = Asker(store, "good", "ad_g"), Asker(store, "bad", "ad_b")
+    for seed, asker in enumerate((good, bad)):
+        asker.add_lora(seed=seed)
+        asker.train([datum(random.Random(0), 5)])
+        asker.step()
+        asker.save(f"ck_{asker.tenant}")
+        asker.answers()
+    service.stop()
+    # A checkpoint blob with other bytes than were written.
+    weights = store.queries.checkpoint("bad", "ck_bad").blobs["weights"]
+    (path,) = [p for p in server_settings.blob_dir.rglob("*") if p.name == weights]
+    kept = path.read_bytes()
+    path.chmod(0o644)
+    path.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    serve()
+    for asker in (good, bad):
+        asker.train([datum(random.Random(1), 5)])
+        asker.step()
+    assert [answer.event.code for answer in bad.answers()[-2:]] == ["state-lost"] * 2
+    assert bad.answers()[-1].event.category == "server"
+    assert isinstance(good.answers()[-1].event, kinds.OptimStepCompleted)
+    path.write_bytes(kept)
+
+
+@on_sqlite
+def test_checkpoints_move_states_between_adapters_and_stay_private(store, serve):
+    serve()
+    owner, copy, thief = (
+        Asker(store, tenant, f"ad_{name}") for tenant, name in (("a", "owner"), ("a", "copy"), ("b", "thief"))
+    )
+    owner.add_lora(seed=5)
+    owner.train([datum(random.Random(0), 5)])
+    owner.step()
+    owner.save("ck_own")
+    owner.answers()
+    copy.add_lora(checkpoint="ck_own")
+    copy.answers()
+    assert copy.digest() == owner.digest()
+    thief.add_lora(checkpoint="ck_own")
+    (failure,) = thief.answers()
+    assert (failure.event.category, failure.event.code) == ("user", "not-found")
+    other = Asker(store, "b", "ad_other")
+    other.add_lora(seed=5)
+    other.load("ck_own")
+    other.load("ck_never")
+    other.train([datum(random.Random(0), 5)])
+    codes = [getattr(answer.event, "code", None) for answer in other.answers()]
+    assert codes == [None, "not-found", "not-found", None]
+    small = Asker(store, "a", "ad_small")
+    small.add_lora(rank=1)
+    small.load("ck_own")
+    assert small.answers()[-1].event.code == "invalid-request"
+
+
+@on_sqlite
+def test_what_follows_a_removed_or_failed_adapter_fails_in_order(store, serve):
+    removed, never = Asker(store, "t", "ad_removed"), Asker(store, "t", "ad_never")
+    removed.add_lora()
+    removed.sample()
+    removed.remove()
+    removed.train([datum(random.Random(0), 5)])
+    removed.sample()
+    never.add_lora(checkpoint="ck_nowhere")
+    never.train([datum(random.Random(0), 5)])
+    never.step()
+    serve()
+    assert [getattr(answer.event, "code", None) for answer in removed.answers()] == [
+        None,
+        None,
+        None,
+        "not-found",
+        "not-found",
+    ]
+    assert [answer.event.code for answer in never.answers()] == [
+        "not-found",
+        "adapter-failed",
+        "adapter-failed",
+    ]
+    with pytest.raises(NotFound):
+        removed.step()
+
+
+@on_sqlite
+def test_bodies_beyond_the_inline_limit_are_read_when_their_turn_comes(store, serve):
+    serve(batch_tokens=4096, chunk_tokens=1024)
+    generator = random.Random(0)
+    asker = Asker(store, "t", "ad_t")
+    asker.add_lora()
+    large = asker.train([datum(generator, 1000) for _ in range(100)])
+    small = asker.train([datum(generator, 10)])
+    asked = store.get(large)
+    assert asked is not None and asked.body is None, "the body should be a blob"
+    asker.answers()
+    answer = asker.answer(large)
+    body = store.body(answer)
+    assert [len(logprobs) for logprobs in body.logprobs] == [4000] * 100
+    batches = {
+        planned.event.batch
+        for planned in types_of(store, "batch.planned")
+        if any(unit.request == large for unit in planned.event.units)
+    }
+    assert len(batches) > 1
+    charged = [us for ran in types_of(store, "batch.ran") for request, us in ran.event.charges if request == large]
+    assert sum(charged) == answer.event.cost_us
+    assert asker.answer(small)
+
+
+@on_sqlite
+def test_an_executor_that_cannot_start_says_so(store, server_settings):
+    wrong = msgspec.structs.replace(server_settings, executor_options={"nonsense": "1"})
+    service = SchedulerService(store, wrong)
+    with pytest.raises(TinkerbellError, match="nonsense"):
+        service.start()
+    service.stop()
+
+
+@on_sqlite
+def test_from_request_to_result_takes_three_commits_and_little_else(store, serve):
+    serve(executor_options={})
+    asker = Asker(store, "t", "ad_t")
+    asker.add_lora()
+    asker.answers()
+    data = [datum(random.Random(0), 4)]
+    answered = threading.Event()
+
+    def look(events: Sequence[Recorded]) -> None:
+        if any(isinstance(recorded.event, kinds.Result) for recorded in events):
+            answered.set()
+
+    unsubscribe = store.subscribe(look)
+    commits_s, whole_s = [], []
+    for _ in range(60):
+        answered.clear()
+        started = time.perf_counter()
+        asker.train(data)
+        commits_s.append(time.perf_counter() - started)
+        assert answered.wait(10)
+        whole_s.append(time.perf_counter() - started)
+    unsubscribe()
+    assert statistics.median(whole_s) < 4 * statistics.median(commits_s) + 0.015
+
+
+RESULTS = [kinds.type_of(cls) for cls in kinds.Result.__subclasses__() if cls is not kinds.Failed] + [
+    kinds.type_of(cls) for cls in kinds.FAILED.values()
+]

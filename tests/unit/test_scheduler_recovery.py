@@ -1,0 +1,74 @@
+"""Where recovery begins, and what it executes again."""
+
+import pytest
+
+from tinkerbell.events import kinds
+from tinkerbell.events.kinds import Recorded
+from tinkerbell.scheduler.recovery import completed_tail, last_marks
+from tinkerbell.types import AdamParams, LoraConfig, LossSpec
+
+LORA = LoraConfig()
+MADE = kinds.AddLoraCompleted(num_parameters=1, step=0, state_digest="d0")
+STEPPED = kinds.OptimStepCompleted(step=1, grad_norm=1.0, state_digest="d1")
+LOADED = kinds.LoadCompleted(checkpoint="ck", step=1, state_digest="d1")
+SAVED = kinds.SaveCompleted(checkpoint="ck", name=None, step=1, lora=LORA, num_bytes=1, state_digest="d1")
+WRITTEN = kinds.CheckpointWritten(checkpoint="ck", after_seq=0, step=1, lora=LORA, num_bytes=1, state_digest="d1")
+TRAIN = kinds.ForwardBackwardRequested(loss=LossSpec(), num_datums=1, num_tokens=1)
+TRAINED = kinds.ForwardBackwardCompleted(loss=0.0, metrics={}, num_tokens=1)
+STEP = kinds.OptimStepRequested(adam=AdamParams())
+
+
+def recorded(position: int, event: kinds.AnyEvent, causation: int | None = None) -> Recorded:
+    return Recorded(
+        position=position,
+        stream="adapter/a",
+        stream_version=position,
+        at_us=0,
+        tenant="t",
+        adapter="a",
+        seq=None,
+        event=event,
+        body=None,
+        blobs={},
+        causation=causation,
+        correlation=None,
+        actor=None,
+        hash="",
+    )
+
+
+@pytest.mark.parametrize(
+    ("events", "origin", "boundary"),
+    [
+        ([(MADE, 1)], MADE, 1),
+        ([(MADE, 1), (STEPPED, 3)], MADE, 1),
+        ([(MADE, 1), (STEPPED, 3), (WRITTEN, 3)], WRITTEN, 3),
+        ([(MADE, 1), (STEPPED, 3), (SAVED, 5)], SAVED, 3),
+        ([(MADE, 1), (SAVED, 5), (STEPPED, 6)], SAVED, 1),
+        ([(MADE, 1), (STEPPED, 3), (SAVED, 5), (LOADED, 6)], LOADED, 6),
+        # Written later than the save that came after it: what it holds counts, not when it was written.
+        ([(MADE, 1), (STEPPED, 3), (SAVED, 5), (WRITTEN, 3)], SAVED, 3),
+    ],
+)
+def test_the_newest_state_is_the_origin_and_gradients_since_the_last_step_are_not_in_it(events, origin, boundary):
+    log = [recorded(100 + i, event, causation) for i, (event, causation) in enumerate(events)]
+    marks = last_marks(log)
+    assert marks is not None
+    assert (marks.origin.event, marks.boundary) == (origin, boundary)
+
+
+def test_an_adapter_that_was_never_made_has_no_marks():
+    assert last_marks([]) is None
+
+
+def test_only_what_had_an_effect_is_executed_again():
+    failed = kinds.ForwardBackwardFailed(category="user", code="x", message="")
+    bad_step = kinds.OptimStepFailed(category="user", code="non-finite", message="")
+    lost_step = kinds.OptimStepFailed(category="server", code="poison", message="")
+    asked = [TRAIN, TRAIN, STEP, STEP, STEP, TRAIN]
+    log = [recorded(1 + i, event) for i, event in enumerate(asked)]
+    answers = [TRAINED, failed, STEPPED, bad_step, lost_step]
+    log += [recorded(10 + i, event, 1 + i) for i, event in enumerate(answers)]
+    tail = completed_tail(log)
+    assert [r.position for r in tail.requests] == [1, 3, 4]
+    assert tail.digests == {3: "d1", 4: None}

@@ -1,0 +1,72 @@
+"""Request bodies, decoded, in a bounded cache over the store."""
+
+import asyncio
+from collections import OrderedDict
+
+from tinkerbell.errors import Corrupt
+from tinkerbell.events.kinds import ForwardBackwardBody, Recorded, SampleBody
+from tinkerbell.events.store import EventStore
+from tinkerbell.scheduler.batching import cut
+from tinkerbell.scheduler.pending import BODY_KINDS, PendingRequest
+
+RequestBody = ForwardBackwardBody | SampleBody
+
+
+class Bodies:
+    """Least recently used bodies go when the rest exceeds `max_bytes`; they are read again when needed."""
+
+    def __init__(self, store: EventStore, chunk_tokens: int, max_bytes: int = 256 * 1024 * 1024) -> None:
+        self._store = store
+        self._chunk_tokens = chunk_tokens
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._bodies: OrderedDict[int, tuple[RequestBody, int]] = OrderedDict()
+
+    def take_inline(self, request: PendingRequest, recorded: Recorded) -> None:
+        """Measure the request if its body came with its event; a larger one is read when its turn comes."""
+        if request.kind in BODY_KINDS and recorded.body is not None:
+            self._keep(request, self._decode(recorded))
+
+    async def get(self, request: PendingRequest) -> RequestBody:
+        """The body of the request, which is measured afterwards. Raises Corrupt."""
+        found = self._bodies.get(request.position)
+        if found is not None:
+            self._bodies.move_to_end(request.position)
+            return found[0]
+        body = await asyncio.to_thread(self._read, request.position)
+        self._keep(request, body)
+        return body
+
+    def forget(self, request: PendingRequest) -> None:
+        """It has its result."""
+        found = self._bodies.pop(request.position, None)
+        if found is not None:
+            self._bytes -= found[1]
+
+    def _read(self, position: int) -> RequestBody:
+        recorded = self._store.get(position)
+        if recorded is None:
+            raise Corrupt(f"event {position} is missing")
+        return self._decode(recorded)
+
+    def _decode(self, recorded: Recorded) -> RequestBody:
+        body = self._store.body(recorded)
+        if not isinstance(body, ForwardBackwardBody | SampleBody):
+            raise Corrupt(f"event {recorded.position} has no request body")
+        return body
+
+    def _keep(self, request: PendingRequest, body: RequestBody) -> None:
+        if isinstance(body, SampleBody):
+            size = len(body.prompt)
+            request.measure([], [(0, 0)])
+        else:
+            # Tokens, targets and one array of loss inputs: near enough for a bound on memory.
+            size = sum(3 * len(datum.tokens) for datum in body.data)
+            lengths = [datum.num_tokens for datum in body.data]
+            request.measure(lengths, cut(lengths, self._chunk_tokens))
+        self.forget(request)
+        self._bodies[request.position] = (body, size)
+        self._bytes += size
+        while self._bytes > self._max_bytes and len(self._bodies) > 1:
+            _, (_, dropped) = self._bodies.popitem(last=False)
+            self._bytes -= dropped

@@ -1,0 +1,75 @@
+"""What the leader says in the log, with its fence and its name on everything."""
+
+import asyncio
+from collections.abc import Sequence
+
+from tinkerbell.events.kinds import AnyEvent, BatchRan, CheckpointWritten, NewEvent
+from tinkerbell.events.leases import Lease
+from tinkerbell.scheduler import results
+from tinkerbell.scheduler.commits import Commits
+from tinkerbell.scheduler.pending import PendingRequest, Reason
+from tinkerbell.scheduler.residency import Resident
+from tinkerbell.scheduler.settlement import Answer
+from tinkerbell.types import SYSTEM_TENANT
+
+STREAM = "system/scheduler"
+
+
+class Journal:
+    """Makes events of one leadership and hands them to its commits."""
+
+    def __init__(self, commits: Commits, lease: Lease) -> None:
+        self._commits = commits
+        self._fence = (lease.resource, lease.epoch)
+        self._holder = lease.holder
+
+    def say(self, event: AnyEvent) -> None:
+        """Something of nobody's in particular: batches, environments."""
+        self._commits.submit(self._system(event))
+
+    def ran(self, event: BatchRan, answers: Sequence[Answer]) -> asyncio.Task[None] | None:
+        """A batch and what it answered, together. With large blobs nobody's later results wait for it but the
+        adapter's own, which have to be held back until the returned task is done."""
+        written = [*map(self._result, answers), self._system(event)]
+        if any(answer.blobs for answer in answers):
+            return self._commits.submit_apart(*written)
+        self._commits.submit(*written)
+        return None
+
+    def fail(self, requests: Sequence[PendingRequest], reason: Reason, batch: str | None = None) -> None:
+        """Answer requests, in order, that cannot run."""
+        if requests:
+            events = [results.failed(r, reason.category, reason.code, reason.message, batch) for r in requests]
+            self._commits.submit(*map(self._result, map(Answer, requests, events)))
+
+    def checkpoint(self, resident: Resident, event: CheckpointWritten, blobs: dict[str, bytes]) -> None:
+        """A recovery point; it may not outlive a step that turns out not to be in the log."""
+        self._commits.submit_apart(
+            NewEvent(
+                event=event,
+                tenant=resident.tenant,
+                stream=f"adapter/{resident.adapter}",
+                adapter=resident.adapter,
+                blobs=blobs,
+                causation=resident.boundary_position,
+                actor=self._holder,
+                fence=self._fence,
+            )
+        )
+
+    def _system(self, event: AnyEvent) -> NewEvent:
+        return NewEvent(event=event, tenant=SYSTEM_TENANT, stream=STREAM, actor=self._holder, fence=self._fence)
+
+    def _result(self, answer: Answer) -> NewEvent:
+        request = answer.request
+        return NewEvent(
+            event=answer.event,
+            tenant=request.tenant,
+            stream=results.stream_of(request),
+            adapter=request.adapter,
+            body=answer.body,
+            blobs=answer.blobs,
+            causation=request.position,
+            actor=self._holder,
+            fence=self._fence,
+        )

@@ -1,0 +1,258 @@
+"""What waits: the accepted requests that have no result yet, in order, one queue for each adapter.
+
+Pure: a fold over recorded events. Nothing here reads a clock, a database or a random number.
+"""
+
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tinkerbell.events import kinds
+from tinkerbell.events.kinds import AnyRequest, Recorded
+from tinkerbell.executors.port import ForwardBackwardDone
+from tinkerbell.types import AdapterId, Category, TenantId
+
+Lane = Literal["train", "sample", "control"]
+"""Units of one lane can share a batch; a control batch is one request."""
+
+LANES: dict[str, Lane] = {
+    "forward": "train",
+    "forward_backward": "train",
+    "optim_step": "train",
+    "sample": "sample",
+    "add_lora": "control",
+    "remove_lora": "control",
+    "save": "control",
+    "load": "control",
+}
+"""Kind of a request -> its lane."""
+
+STATELESS_KINDS = frozenset({"add_lora", "load", "remove_lora"})
+"""Kinds that replace or drop the adapter's state and so do not need it in the executor."""
+
+
+BODY_KINDS = frozenset({"forward", "forward_backward", "sample"})
+"""Kinds that come with a body."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why requests cannot run."""
+
+    category: Category
+    code: str
+    message: str
+
+
+@dataclass(slots=True, eq=False)
+class PendingRequest:
+    """One request and how far it has come. Progress is volatile: a new executor starts it afresh."""
+
+    position: int
+    """Of the request's event: the future's id."""
+    tenant: TenantId
+    adapter: AdapterId | None
+    """None: the base model."""
+    seq: int | None
+    event: AnyRequest
+    kind: str
+    lane: Lane
+    lengths: tuple[int, ...] | None = None
+    """Tokens of each datum; None until measured, and for kinds without data."""
+    chunks: list[tuple[int, int]] = field(default_factory=list)
+    """Datum ranges [start, stop) it runs in; one (0, 0) where it is not cut; empty until its body was
+    read."""
+    outcomes: list[ForwardBackwardDone] = field(default_factory=list)
+    """Answers of the chunks that ran, in order."""
+    cost_us: int = 0
+    """Charged so far, over all its batches."""
+    deaths: int = 0
+    """Batches of it in which the executor died."""
+
+    @property
+    def measured(self) -> bool:
+        """Whether its chunks are known, so that it can be planned."""
+        return bool(self.chunks)
+
+    def measure(self, lengths: Sequence[int], chunks: Sequence[tuple[int, int]]) -> None:
+        """Its body was read: how long its datums are and where it is cut."""
+        self.lengths = tuple(lengths)
+        self.chunks = list(chunks)
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it may have killed an executor: then it runs alone."""
+        return self.deaths > 0
+
+    def chunk_tokens(self, index: int) -> int:
+        """Tokens that chunk `index` takes of a batch's budget; for a sample all it may become."""
+        if isinstance(self.event, kinds.SampleRequested):
+            return self.event.num_tokens + self.event.params.num_samples * self.event.params.max_tokens
+        if not self.lengths:
+            return 0
+        start, stop = self.chunks[index]
+        return sum(self.lengths[start:stop])
+
+
+@dataclass(slots=True, eq=False)
+class Queue:
+    """The requests of one adapter, or of one tenant to the base model, in acceptance order."""
+
+    tenant: TenantId
+    adapter: AdapterId | None
+    requests: deque[PendingRequest] = field(default_factory=deque)
+    blocked: bool = False
+    """Nothing of it may run until `Pending.unblock`."""
+
+    @property
+    def key(self) -> str:
+        """Its name among the tenant's queues; empty for the base model."""
+        return self.adapter or ""
+
+
+class Pending:
+    """Every pending request. A request leaves its queue at the front only, so nothing overtakes."""
+
+    def __init__(self, after: int = 0) -> None:
+        """Events up to position `after` are known already and ignored by `absorb`."""
+        self._after = after
+        self._requests: dict[int, PendingRequest] = {}
+        self._tenants: dict[TenantId, dict[str, Queue]] = {}
+        self._blocked: set[AdapterId] = set()
+        self._ended: dict[AdapterId, Reason] = {}
+        self._orphans: dict[AdapterId, TenantId] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[PendingRequest]:
+        return iter(self._requests.values())
+
+    def __contains__(self, position: int) -> bool:
+        return position in self._requests
+
+    @property
+    def tenants(self) -> Collection[TenantId]:
+        """Those that have a pending request."""
+        return self._tenants.keys()
+
+    def queues(self, tenant: TenantId) -> Collection[Queue]:
+        """The tenant's queues that are not empty."""
+        return self._tenants[tenant].values()
+
+    def queue(self, tenant: TenantId, adapter: AdapterId | None) -> Queue | None:
+        """One queue, None when it is empty."""
+        return self._tenants.get(tenant, {}).get(adapter or "")
+
+    # ---- the fold ----
+
+    def absorb(self, recorded: Recorded) -> PendingRequest | None:
+        """Take in the next event of the log; the request it added, if it added one."""
+        if recorded.position <= self._after:
+            return None
+        event = recorded.event
+        if isinstance(event, kinds.Request):
+            return self.add(recorded)
+        if isinstance(event, kinds.Result):
+            if isinstance(event, kinds.RemoveLoraCompleted | kinds.AddLoraFailed) and recorded.adapter:
+                # The log refuses requests to an ended adapter, so none can follow this event.
+                self._ended.pop(recorded.adapter, None)
+            request = self._requests.get(recorded.causation or 0)
+            if request is not None:
+                self._remove(request)
+        return None
+
+    def add(self, recorded: Recorded) -> PendingRequest:
+        """Put a request at the end of its queue."""
+        event = recorded.event
+        assert isinstance(event, kinds.Request)
+        kind = kinds.kind_of(event)
+        request = PendingRequest(
+            position=recorded.position,
+            tenant=recorded.tenant,
+            adapter=recorded.adapter,
+            seq=recorded.seq,
+            event=event,
+            kind=kind,
+            lane=LANES[kind],
+        )
+        if kind not in BODY_KINDS:
+            request.chunks = [(0, 0)]
+        queues = self._tenants.setdefault(request.tenant, {})
+        queue = queues.get(request.adapter or "")
+        if queue is None:
+            queue = queues[request.adapter or ""] = Queue(request.tenant, request.adapter)
+            queue.blocked = request.adapter in self._blocked
+        assert not queue.requests or queue.requests[-1].position < request.position
+        queue.requests.append(request)
+        self._requests[request.position] = request
+        if request.adapter in self._ended:
+            self._orphans[request.adapter] = request.tenant
+        return request
+
+    def measure(self, request: PendingRequest, lengths: Sequence[int], chunks: Sequence[tuple[int, int]]) -> None:
+        """Say how long a request's datums are and where it is cut."""
+        request.lengths = tuple(lengths)
+        request.chunks = list(chunks)
+
+    # ---- what becomes of requests ----
+
+    def finish(self, request: PendingRequest) -> None:
+        """The request has its result. It must be at the front of its queue."""
+        queue = self._tenants[request.tenant][request.adapter or ""]
+        assert queue.requests[0] is request, f"request {request.position} would overtake {queue.requests[0].position}"
+        self._remove(request)
+
+    def block(self, tenant: TenantId, adapter: AdapterId) -> None:
+        """A result of the adapter is still being written, and later ones may not overtake it."""
+        self._blocked.add(adapter)
+        queue = self.queue(tenant, adapter)
+        if queue:
+            queue.blocked = True
+
+    def unblock(self, tenant: TenantId, adapter: AdapterId) -> None:
+        """It is written."""
+        self._blocked.discard(adapter)
+        queue = self.queue(tenant, adapter)
+        if queue:
+            queue.blocked = False
+
+    def rewind(self) -> None:
+        """The executor is a new one: requests that were under way start afresh."""
+        for request in self._requests.values():
+            if request.outcomes:
+                request.outcomes.clear()
+
+    def drop(self, tenant: TenantId, adapter: AdapterId) -> list[PendingRequest]:
+        """Take every pending request of the adapter, in order, because none of them can run."""
+        self._orphans.pop(adapter, None)
+        queue = self.queue(tenant, adapter)
+        dropped = list(queue.requests) if queue else []
+        for request in dropped:
+            self._remove(request)
+        return dropped
+
+    def end(self, tenant: TenantId, adapter: AdapterId, reason: Reason) -> None:
+        """The adapter will never run again (removed, or never made): what waits for it, and what the log
+        still accepts before it learns of this, are `orphans`."""
+        self._ended[adapter] = reason
+        if self.queue(tenant, adapter):
+            self._orphans[adapter] = tenant
+
+    def orphans(self) -> list[tuple[TenantId, AdapterId, Reason]]:
+        """Ended adapters that have pending requests, and why they ended."""
+        return [(tenant, adapter, self._ended[adapter]) for adapter, tenant in self._orphans.items()]
+
+    def _remove(self, request: PendingRequest) -> None:
+        del self._requests[request.position]
+        queues = self._tenants[request.tenant]
+        queue = queues[request.adapter or ""]
+        if queue.requests[0] is request:
+            queue.requests.popleft()
+        else:
+            queue.requests.remove(request)
+        if not queue.requests:
+            del queues[request.adapter or ""]
+            if not queues:
+                del self._tenants[request.tenant]

@@ -1,0 +1,270 @@
+"""Bringing an adapter back into a new executor: newest saved state, then its committed tail again, step by
+step compared with what the log says it came to."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tinkerbell.errors import Corrupt, ExecutorDied, NotFound, ServerError, TinkerbellError, Unavailable
+from tinkerbell.events import kinds
+from tinkerbell.events.kinds import ForwardBackwardBody, Recorded
+from tinkerbell.events.rows import CheckpointRow
+from tinkerbell.events.store import EventStore
+from tinkerbell.executors.link import ExecutorLink
+from tinkerbell.executors.port import (
+    AdapterReport,
+    AdapterState,
+    Batch,
+    ForwardBackward,
+    OptimStep,
+    OptimStepDone,
+    Unit,
+    UnitFailed,
+    UnitResult,
+)
+from tinkerbell.scheduler.batching import cut
+from tinkerbell.scheduler.residency import Resident
+from tinkerbell.types import AdapterId, CheckpointId, LoraConfig, TenantId
+
+_PAGE = 1000
+
+ORIGINS = (kinds.AddLoraCompleted, kinds.LoadCompleted, kinds.SaveCompleted, kinds.CheckpointWritten)
+"""Events from which an adapter's weights and moments can be had without what came before."""
+
+BOUNDARIES = (kinds.AddLoraCompleted, kinds.LoadCompleted, kinds.OptimStepCompleted)
+"""Events after which no gradient is accumulated."""
+
+_MARKS = [kinds.type_of(cls) for cls in (*ORIGINS, kinds.OptimStepCompleted)]
+_TAIL = [
+    "forward_backward.requested",
+    "forward_backward.completed",
+    "optim_step.requested",
+    "optim_step.completed",
+    "optim_step.failed",
+]
+
+
+class StateLost(ServerError):
+    """The adapter's state cannot be brought back as it was."""
+
+    slug = "state-lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Where to begin."""
+
+    origin: Recorded
+    boundary: int
+    """Position of the last request that changed weights or moments, at or before the origin. Gradients of
+    later requests are not in the origin: a `save` may stand between a forward_backward and its optim_step."""
+
+
+def last_marks(events: Sequence[Recorded]) -> Marks | None:
+    """From an adapter's ORIGINS and BOUNDARIES in log order; None if it was never made.
+
+    The `causation` of each is the last request whose effect it holds.
+    """
+    origin: Recorded | None = None
+    for recorded in events:
+        if isinstance(recorded.event, ORIGINS) and (origin is None or covers(recorded) >= covers(origin)):
+            origin = recorded
+    if origin is None:
+        return None
+    boundary = max(
+        covers(recorded)
+        for recorded in events
+        if isinstance(recorded.event, BOUNDARIES) and covers(recorded) <= covers(origin)
+    )
+    return Marks(origin, boundary)
+
+
+def covers(recorded: Recorded) -> int:
+    """Position of the last request whose effect the state named by this event has."""
+    assert recorded.causation is not None
+    return recorded.causation
+
+
+@dataclass(slots=True)
+class Tail:
+    """Requests to execute again, in order."""
+
+    requests: list[Recorded] = field(default_factory=list)
+    digests: dict[int, str | None] = field(default_factory=dict)
+    """Position of an optim_step request -> state digest it came to; None where it failed."""
+
+
+def completed_tail(events: Sequence[Recorded]) -> Tail:
+    """Of the requests and results after the boundary, those that had an effect.
+
+    An optim_step that failed on the caller's account may have cleared the gradient, so it is among them.
+    """
+    done = {r.causation: r.event for r in events if isinstance(r.event, kinds.Result)}
+    tail = Tail()
+    for recorded in events:
+        match done.get(recorded.position):
+            case kinds.ForwardBackwardCompleted():
+                tail.requests.append(recorded)
+            case kinds.OptimStepCompleted(state_digest=digest):
+                tail.requests.append(recorded)
+                tail.digests[recorded.position] = digest
+            case kinds.OptimStepFailed(category="user"):
+                tail.requests.append(recorded)
+                tail.digests[recorded.position] = None
+    return tail
+
+
+class Recovery:
+    """Restores adapters from the log. The log must be settled: no commit of the adapter's in flight."""
+
+    def __init__(self, store: EventStore, chunk_tokens: int, batch_tokens: int) -> None:
+        self._store = store
+        self._chunk_tokens = chunk_tokens
+        self._batch_tokens = batch_tokens
+
+    async def restore(self, link: ExecutorLink, tenant: TenantId, adapter: AdapterId) -> Resident:
+        """The adapter in the executor as the log left it.
+
+        Raises StateLost where it does not come out the same, ExecutorDied.
+        """
+        try:
+            marks = await asyncio.to_thread(self._find, adapter)
+            report = await self._begin(link, tenant, adapter, marks.origin)
+            expected = marks.origin.event.state_digest  # type: ignore[union-attr]
+            if report.state_digest != expected:
+                raise StateLost(f"the state saved at {marks.origin.position} came back different")
+            boundary = await asyncio.to_thread(self._store.get, marks.boundary)
+            assert boundary is not None and boundary.seq is not None
+            resident = Resident(
+                tenant=tenant,
+                adapter=adapter,
+                num_parameters=report.num_parameters,
+                step=report.step,
+                state_digest=report.state_digest,
+                boundary_seq=boundary.seq,
+                boundary_position=marks.boundary,
+            )
+            tail = await asyncio.to_thread(self._tail, adapter, marks.boundary)
+            await self._execute(link, resident, tail)
+        except (StateLost, ExecutorDied, Unavailable):
+            raise
+        except TinkerbellError as exc:
+            raise StateLost(exc.detail) from exc
+        return resident
+
+    async def _begin(self, link: ExecutorLink, tenant: TenantId, adapter: AdapterId, origin: Recorded) -> AdapterReport:
+        event = origin.event
+        if isinstance(event, kinds.SaveCompleted | kinds.CheckpointWritten):
+            state = await asyncio.to_thread(self._state, event.lora, event.step, event.state_digest, origin.blobs)
+            return (await link.load(adapter, state, True)).value
+        request = await asyncio.to_thread(self._store.get, covers(origin))
+        assert request is not None
+        asked = request.event
+        assert isinstance(asked, kinds.AddLoraRequested | kinds.LoadRequested)
+        if asked.checkpoint is None:
+            assert isinstance(asked, kinds.AddLoraRequested)
+            return (await link.create(adapter, asked.lora, asked.seed)).value
+        _, state = await self.checkpoint(tenant, asked.checkpoint)
+        return (await link.load(adapter, state, asked.with_optimizer)).value
+
+    async def checkpoint(self, tenant: TenantId, checkpoint: CheckpointId) -> tuple[CheckpointRow, AdapterState]:
+        """A tenant's own checkpoint. Raises NotFound (also for another tenant's), Corrupt."""
+        row = await asyncio.to_thread(self._store.queries.checkpoint, tenant, checkpoint)
+        if row is None:
+            raise NotFound(f"no checkpoint {checkpoint}")
+        state = await asyncio.to_thread(self._state, row.lora, row.step, row.state_digest, row.blobs)
+        return row, state
+
+    async def lora(self, adapter: AdapterId) -> LoraConfig:
+        """Shape of an adapter, as it was asked for."""
+        made = await asyncio.to_thread(self._store.read, 0, limit=1, adapter=adapter, types=["add_lora.requested"])
+        event = made[0].event
+        assert isinstance(event, kinds.AddLoraRequested)
+        return event.lora
+
+    async def _execute(self, link: ExecutorLink, resident: Resident, tail: Tail) -> None:
+        units: list[Unit] = []
+        tokens = 0
+        for number, recorded in enumerate(tail.requests):
+            following = await asyncio.to_thread(self._units, resident.adapter, recorded)
+            units.extend(following)
+            tokens += getattr(recorded.event, "num_tokens", 0)
+            stepped = isinstance(recorded.event, kinds.OptimStepRequested)
+            if not (stepped or tokens >= self._batch_tokens or number == len(tail.requests) - 1):
+                continue
+            result = await link.run(Batch(id=f"restore.{resident.adapter}.{number}", units=units))
+            for outcome in result.results:
+                _compare(outcome, tail)
+            done = result.results[-1]
+            if isinstance(done, OptimStepDone):
+                assert recorded.seq is not None
+                resident.stepped(recorded.seq, recorded.position, done.step, done.state_digest)
+            units, tokens = [], 0
+
+    def _units(self, adapter: AdapterId, recorded: Recorded) -> list[Unit]:
+        event = recorded.event
+        if isinstance(event, kinds.OptimStepRequested):
+            return [OptimStep(request=recorded.position, adapter=adapter, adam=event.adam)]
+        assert isinstance(event, kinds.ForwardBackwardRequested)
+        body = self._store.body(recorded)
+        if not isinstance(body, ForwardBackwardBody):
+            raise Corrupt(f"event {recorded.position} has no request body")
+        chunks = cut([datum.num_tokens for datum in body.data], self._chunk_tokens)
+        return [
+            ForwardBackward(
+                request=recorded.position,
+                adapter=adapter,
+                data=body.data[start:stop],
+                loss=event.loss,
+                first=index == 0,
+                last=index == len(chunks) - 1,
+            )
+            for index, (start, stop) in enumerate(chunks)
+        ]
+
+    def _find(self, adapter: AdapterId) -> Marks:
+        marks = last_marks(self._read(adapter, 0, _MARKS))
+        if marks is None:
+            raise StateLost("the adapter was never made")
+        return marks
+
+    def _tail(self, adapter: AdapterId, after: int) -> Tail:
+        return completed_tail(self._read(adapter, after, _TAIL))
+
+    def _read(self, adapter: AdapterId, after: int, types: list[str]) -> list[Recorded]:
+        events: list[Recorded] = []
+        while page := self._store.read(after, limit=_PAGE, adapter=adapter, types=types):
+            events.extend(page)
+            after = page[-1].position
+        return events
+
+    def _state(self, lora: LoraConfig, step: int, digest: str, blobs: dict[str, str]) -> AdapterState:
+        for name in ("weights", "adapter_config"):
+            if name not in blobs:
+                raise Corrupt(f"a checkpoint has no blob {name}")
+        return AdapterState(
+            lora=lora,
+            step=step,
+            weights=self._store.blob(blobs["weights"]),
+            adapter_config=self._store.blob(blobs["adapter_config"]),
+            optimizer=self._store.blob(blobs["optimizer"]) if "optimizer" in blobs else None,
+            digest=digest,
+        )
+
+
+def _compare(outcome: UnitResult, tail: Tail) -> None:
+    """Raises StateLost unless it is what the log says."""
+    failed_then = outcome.request in tail.digests and tail.digests[outcome.request] is None
+    if isinstance(outcome, UnitFailed) != failed_then:
+        what = "failed" if not failed_then else "did not fail"
+        raise StateLost(f"request {outcome.request} {what} when it was executed again")
+    if isinstance(outcome, OptimStepDone) and outcome.state_digest != tail.digests[outcome.request]:
+        raise StateLost(f"step {outcome.step} came to another state when it was executed again")
+
+
+def state_blobs(state: AdapterState) -> dict[str, bytes]:
+    """The named blobs of a save.completed or checkpoint.written."""
+    blobs = {"weights": state.weights, "adapter_config": state.adapter_config}
+    if state.optimizer is not None:
+        blobs["optimizer"] = state.optimizer
+    return blobs

@@ -1,0 +1,67 @@
+"""Which adapters the executor process holds, and how far each is past its last recovery point."""
+
+from dataclasses import dataclass
+
+from tinkerbell.types import AdapterId, TenantId
+
+
+@dataclass(slots=True)
+class Resident:
+    """One adapter in the executor's memory."""
+
+    tenant: TenantId
+    adapter: AdapterId
+    num_parameters: int
+    step: int
+    state_digest: str
+    boundary_seq: int
+    """`seq` of the last request that changed weights or Adam moments. Gradients accumulated since are no part
+    of a snapshot, so a snapshot holds the effect of requests up to here."""
+    boundary_position: int
+    """Position of that request."""
+    steps_ahead: int = 0
+    """Optimizer steps since the last checkpoint."""
+
+    def stepped(self, seq: int, position: int, step: int, state_digest: str) -> None:
+        """It took an optimizer step."""
+        self.boundary_seq, self.boundary_position = seq, position
+        self.step, self.state_digest = step, state_digest
+        self.steps_ahead += 1
+
+
+class Residency:
+    """The executor's adapters. Empty after every start of its process."""
+
+    def __init__(self) -> None:
+        self._residents: dict[AdapterId, Resident] = {}
+
+    def __contains__(self, adapter: object) -> bool:
+        return adapter in self._residents
+
+    def __getitem__(self, adapter: AdapterId) -> Resident:
+        return self._residents[adapter]
+
+    def __len__(self) -> int:
+        return len(self._residents)
+
+    def put(self, resident: Resident) -> None:
+        self._residents[resident.adapter] = resident
+
+    def forget(self, adapter: AdapterId) -> None:
+        self._residents.pop(adapter, None)
+
+    def clear(self) -> None:
+        self._residents.clear()
+
+    def num_parameters(self, adapter: AdapterId | None) -> int:
+        """0 where it is not known."""
+        resident = self._residents.get(adapter or "")
+        return resident.num_parameters if resident else 0
+
+    def step(self, adapter: AdapterId | None) -> int:
+        """Optimizer steps of an adapter that is here; 0 for the base model."""
+        return self._residents[adapter].step if adapter is not None else 0
+
+    def moved(self) -> list[Resident]:
+        """Adapters with steps that no checkpoint holds."""
+        return [resident for resident in self._residents.values() if resident.steps_ahead]

@@ -1,0 +1,71 @@
+"""From an executor's answers to result events."""
+
+from collections.abc import Iterable
+
+from tinkerbell.events import kinds
+from tinkerbell.events.kinds import FAILED, AnyResult, Body, LogprobsBody, SamplesBody, kind_of
+from tinkerbell.executors.port import ForwardBackwardDone, OptimStepDone, SampleDone
+from tinkerbell.scheduler.pending import PendingRequest
+from tinkerbell.types import Category
+
+
+def stream_of(request: PendingRequest) -> str:
+    """The stream a request's result belongs to."""
+    return f"tenant/{request.tenant}" if request.adapter is None else f"adapter/{request.adapter}"
+
+
+def combine(parts: Iterable[ForwardBackwardDone]) -> tuple[float, dict[str, float], LogprobsBody]:
+    """The chunks of one request, in order: losses and metrics add, logprobs follow one another in datum
+    order."""
+    loss = 0.0
+    metrics: dict[str, float] = {}
+    logprobs: list[bytes] = []
+    for part in parts:
+        loss += part.loss
+        for name, value in part.metrics.items():
+            metrics[name] = metrics.get(name, 0.0) + value
+        logprobs.extend(part.logprobs)
+    return loss, metrics, LogprobsBody(logprobs=logprobs)
+
+
+def forward_done(request: PendingRequest, batch: str) -> tuple[AnyResult, Body]:
+    """Result of a forward or forward_backward whose chunks all ran."""
+    event = request.event
+    assert isinstance(event, kinds.ForwardRequested | kinds.ForwardBackwardRequested)
+    loss, metrics, body = combine(request.outcomes)
+    cls = kinds.ForwardCompleted if request.kind == "forward" else kinds.ForwardBackwardCompleted
+    return (
+        cls(batch=batch, cost_us=request.cost_us, loss=loss, metrics=metrics, num_tokens=event.num_tokens),
+        body,
+    )
+
+
+def optim_step_done(request: PendingRequest, done: OptimStepDone, batch: str) -> AnyResult:
+    return kinds.OptimStepCompleted(
+        batch=batch,
+        cost_us=request.cost_us,
+        step=done.step,
+        grad_norm=done.grad_norm,
+        state_digest=done.state_digest,
+    )
+
+
+def sample_done(request: PendingRequest, done: SampleDone, batch: str, step: int) -> tuple[AnyResult, Body]:
+    """`step`: optimizer steps behind the weights that sampled."""
+    event = request.event
+    assert isinstance(event, kinds.SampleRequested)
+    completed = kinds.SampleCompleted(
+        batch=batch,
+        cost_us=request.cost_us,
+        step=step,
+        num_prompt_tokens=event.num_tokens,
+        num_sampled_tokens=sum(len(sequence.tokens) // 4 for sequence in done.sequences),
+    )
+    return completed, SamplesBody(sequences=done.sequences, prompt_logprobs=done.prompt_logprobs)
+
+
+def failed(request: PendingRequest, category: Category, code: str, message: str, batch: str | None) -> AnyResult:
+    """The failure of a request of any kind."""
+    return FAILED[kind_of(request.event)](
+        batch=batch, cost_us=request.cost_us, category=category, code=code, message=message
+    )

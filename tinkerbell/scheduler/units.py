@@ -1,0 +1,65 @@
+"""From a plan to what the executor is told."""
+
+import hashlib
+
+from tinkerbell.events import kinds
+from tinkerbell.events.kinds import ForwardBackwardBody, PlannedUnit, SampleBody
+from tinkerbell.executors.port import ForwardBackward, OptimStep, Sample, Unit
+from tinkerbell.scheduler.batching import Plan, Work
+from tinkerbell.scheduler.bodies import Bodies
+from tinkerbell.scheduler.pending import PendingRequest
+
+
+async def units_of(plan: Plan, bodies: Bodies) -> list[Unit]:
+    """One unit for each piece of work, in order. Raises Corrupt."""
+    return [await _unit(work, bodies) for work in plan.works]
+
+
+def planned(work: Work) -> PlannedUnit:
+    """As the log names it."""
+    start, stop = work.request.chunks[work.chunk]
+    return PlannedUnit(request=work.request.position, start=start, stop=stop)
+
+
+def sample_seed(request: PendingRequest) -> int:
+    """Key of a sample's random numbers, 0 to 2^63 - 1: the caller's, or one drawn from the request's
+    place."""
+    event = request.event
+    assert isinstance(event, kinds.SampleRequested)
+    if event.params.seed is not None:
+        return event.params.seed
+    place = f"{request.adapter or request.tenant}:{request.position}"
+    return int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "little") >> 1
+
+
+async def _unit(work: Work, bodies: Bodies) -> Unit:
+    request = work.request
+    event = request.event
+    match event:
+        case kinds.OptimStepRequested():
+            assert request.adapter is not None
+            return OptimStep(request=request.position, adapter=request.adapter, adam=event.adam)
+        case kinds.SampleRequested():
+            body = await bodies.get(request)
+            assert isinstance(body, SampleBody)
+            return Sample(
+                request=request.position,
+                adapter=request.adapter,
+                prompt=body.prompt,
+                params=event.params,
+                seed=sample_seed(request),
+            )
+        case kinds.ForwardRequested() | kinds.ForwardBackwardRequested():
+            body = await bodies.get(request)
+            assert isinstance(body, ForwardBackwardBody) and request.adapter is not None
+            start, stop = request.chunks[work.chunk]
+            return ForwardBackward(
+                request=request.position,
+                adapter=request.adapter,
+                data=body.data[start:stop],
+                loss=event.loss,
+                backward=request.kind == "forward_backward",
+                first=work.first,
+                last=work.last,
+            )
+    raise AssertionError(f"{request.kind} is not run in a batch")
