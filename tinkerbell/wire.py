@@ -48,7 +48,7 @@ class ForwardBackward(Body, frozen=True, kw_only=True):
     """POST /v1/adapters/{id}/fwdbwd and /v1/adapters/{id}/forward"""
 
     data: Annotated[list[DatumBody], Meta(min_length=1)]
-    loss: LossSpec = LossSpec()
+    loss: LossSpec = msgspec.field(default_factory=LossSpec)
     seq: Seq = None
 
 
@@ -249,9 +249,11 @@ class RunPoint(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     at: str
     learning_rate: float
-    grad_norm: float
+    grad_norm: float | None
+    """None where it was not finite."""
     loss_per_token: float | None
-    """Sum of the losses since the step before, over the number of their tokens."""
+    """Sum of the losses since the step before, over the number of their tokens; None where there were none or it was
+    not finite."""
     num_tokens: int
     state_digest: str
 
@@ -312,6 +314,24 @@ class LogEvent(msgspec.Struct, frozen=True, kw_only=True):
     causation: int | None
     data: dict[str, Any]
     hash: str
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /healthz"""
+
+    status: Literal["ok", "failed"]
+    """failed: the scheduler of this process has ended; a restart continues what is pending."""
+    durability: Literal["full", "relaxed"]
+    """relaxed: the last commits may be lost with the machine's power, never with a process."""
+    version: str
+
+
+class Readiness(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /readyz"""
+
+    ready: bool
+    reason: str
+    """Why not; empty when ready."""
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,262 @@
+"""Whatever arrives: a clear 4xx problem, a server that lives, a log that is whole."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.support.api_driver import MODEL, ApiDriver, answer, datum, problem, record_environment
+from tinkerbell.config import Limits, Settings
+from tinkerbell.events import kinds
+from tinkerbell.events.store import EventStore
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture
+def api(settings: Settings, sqlite_store: EventStore) -> Iterator[ApiDriver]:
+    """After every test the server still works, and nothing but whole requests is in the log."""
+    record_environment(sqlite_store)
+    with ApiDriver(settings, sqlite_store) as driver:
+        yield driver
+        driver.adapter()
+        sqlite_store.check()
+
+
+@pytest.fixture
+def adapter(api: ApiDriver) -> str:
+    return api.adapter()
+
+
+def train(**changes: Any) -> dict[str, Any]:
+    return {"data": [{**datum(3), **changes}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"data": []}, "`array` of length >= 1"),
+        ({}, "missing required field `data`"),
+        ({"data": None}, "Expected `array`, got `null`"),
+        (train(tokens=[]), "`array` of length >= 1"),
+        (train(tokens=[1, 2, 100]), "data[0].tokens[2] is 100; the vocabulary"),
+        (train(tokens=[1, 2, -1]), "Expected `int` >= 0"),
+        (train(tokens=[1, 2, 10**30]), "body:"),
+        (train(tokens=[1, 2, 2**31]), "Expected `int` <= 2147483647"),
+        (train(tokens=[1, 2, 1.5]), "Expected `int`, got `float`"),
+        (train(tokens=["1", "2", "3"]), "Expected `int`, got `str`"),
+        (train(tokens=[True, False, True]), "Expected `int`, got `bool`"),
+        (train(targets=[1]), "3 tokens and 1 targets"),
+        (train(loss_inputs={"weights": [1.0, 1.0]}), "2 numbers for 3 tokens"),
+        (train(loss_inputs={"weights": [1.0, 1.0, None]}), "Expected `float`, got `null`"),
+        (train(loss_inputs={"weights": [1.0, 1.0, 1e300]}), "must be a finite float32"),
+        (train(loss_inputs={"rewards": [1.0, 1.0, 1.0]}), "cross_entropy reads no 'rewards'"),
+        ({**train(), "loss": {"name": "ppo"}}, "ppo needs 'logprobs'"),
+        ({**train(), "loss": {"name": "../../etc/passwd"}}, "is none of cross_entropy"),
+        ({**train(), "loss": {"name": "ppo", "config": {"x": 1}}}, "no setting 'x'"),
+        ({**train(), "typo": 1}, "unknown field `typo`"),
+        (train(typo=1), "unknown field `typo`"),
+        ({**train(), "seq": -1}, ">= 0"),
+        (train(tokens=[1] * (MODEL.max_length + 1), targets=[1] * (MODEL.max_length + 1)), "tiny takes at most 32"),
+    ],
+)
+def test_training_data(api: ApiDriver, adapter: str, body: dict[str, Any], words: str) -> None:
+    for route in ("forward", "fwdbwd"):
+        refused = problem(api.post(f"/v1/adapters/{adapter}/{route}", json=body), 400, "invalid-request")
+        assert words in refused["detail"]
+
+
+@pytest.mark.parametrize(
+    ("adam", "words"),
+    [
+        ({"learning_rate": -1}, ">= 0"),
+        ({"learning_rate": 1e9}, "<= 10"),
+        ({"beta1": 1.0}, "< 1"),
+        ({"eps": 0}, "> 0"),
+        ({"learning_rate": "fast"}, "Expected `float`, got `str`"),
+        ({"momentum": 0.9}, "unknown field `momentum`"),
+    ],
+)
+def test_optimizer_settings(api: ApiDriver, adapter: str, adam: dict[str, Any], words: str) -> None:
+    refused = api.post(f"/v1/adapters/{adapter}/optim_step", json={"adam": adam})
+    assert words in problem(refused, 400, "invalid-request")["detail"]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"prompt": []}, "length >= 1"),
+        ({"prompt": [100], "params": {"max_tokens": 1}}, "prompt[0] is 100"),
+        ({"prompt": [1], "params": {"max_tokens": 32}}, "33 together; tiny takes at most 32"),
+        ({"prompt": [1], "params": {"max_tokens": 0}}, ">= 1"),
+        ({"prompt": [1], "params": {"temperature": -1}}, ">= 0"),
+        ({"prompt": [1], "params": {"top_p": 0}}, "> 0"),
+        ({"prompt": [1], "params": {"num_samples": 10**6}}, "<= 256"),
+        ({"prompt": [1], "params": {"seed": 2**63}}, "seed"),
+        ({"prompt": [1], "params": {"stop": [""]}}, "length >= 1"),
+        ({"prompt": [1], "params": {"max_tokens": 1, "stop_tokens": [100]}}, "stop_tokens[0] is 100"),
+    ],
+)
+def test_sampling(api: ApiDriver, adapter: str, body: dict[str, Any], words: str) -> None:
+    for path in ("/v1/sample", f"/v1/adapters/{adapter}/sample"):
+        assert words in problem(api.post(path, json=body), 400, "invalid-request")["detail"]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"base_model": "other"}, "serves 'tiny', not 'other'"),
+        ({"lora": {"rank": 0}}, ">= 1"),
+        ({"lora": {"rank": 10**9}}, "<= 1024"),
+        ({"lora": {"alpha": 0}}, "> 0"),
+        ({"lora": {"targets": []}}, "length >= 1"),
+        ({"lora": {"targets": ["lm_head"]}}, "tiny has no 'lm_head'"),
+        ({"seed": -1}, ">= 0"),
+        ({"name": "a b"}, "name"),
+        ({"name": "a\n"}, "name"),
+        ({"name": "x" * 65}, "name"),
+    ],
+)
+def test_adapters(api: ApiDriver, body: dict[str, Any], words: str) -> None:
+    assert words in problem(api.post("/v1/adapters", json=body), 400, "invalid-request")["detail"]
+
+
+def test_settings_beside_a_checkpoint(api: ApiDriver, adapter: str) -> None:
+    checkpoint = api.complete(f"/v1/adapters/{adapter}/checkpoints")["result"]["checkpoint_id"]
+    refused = api.post("/v1/adapters", json={"checkpoint": checkpoint, "lora": {"rank": 4}})
+    assert "lora: leave it out" in problem(refused, 400, "invalid-request")["detail"]
+    problem(api.post("/v1/adapters", json={"checkpoint": f"ck_{'a' * 20}"}), 404, "not-found")
+    problem(api.post("/v1/adapters", json={"checkpoint": "\x00"}), 404, "not-found")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 100_000,
+        b'{"data":' * 100_000,
+        b'{"data":[{"tokens":' + b"[" * 100_000,
+        b'{"x":' + b"[" * 100_000,
+        b'{"data":[{"tokens":[NaN],"targets":[1]}]}',
+        b'{"data":[{"tokens":[1],"targets":[1],"loss_inputs":{"weights":[Infinity]}}]}',
+        b'{"data":[{"tokens":[1],"targets":[1],"loss_inputs":{"weights":[1e400]}}]}',
+        b'{"data":[{"tokens":[1],"targets":[1],"loss_inputs":{"\xff":[1]}}]}',
+        b'{"data":[{"tokens":[1],"targets":[1],"loss_inputs":{"\\ud800":[1]}}]}',
+        b"",
+        b"null",
+        b"\x00",
+        b'{"data"',
+        b"\xef\xbb\xbf{}",
+        b"data=1",
+    ],
+)
+def test_bytes_that_are_no_request(api: ApiDriver, adapter: str, body: bytes) -> None:
+    for path in (f"/v1/adapters/{adapter}/fwdbwd", "/fwdbwd"):
+        for key in ({}, {"Idempotency-Key": "k"}):
+            problem(api.call("POST", path, content=body, headers={**JSON, **key}), 400, "invalid-request")
+
+
+@pytest.mark.parametrize(
+    "content_type", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/xml"]
+)
+def test_other_content_types(api: ApiDriver, content_type: str | None) -> None:
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    problem(api.call("POST", "/v1/adapters", content=b"{}", headers=headers), 415, "unsupported-media-type")
+
+
+def test_a_body_of_50_mb(api: ApiDriver, adapter: str) -> None:
+    body = b'{"data":[' + b" " * 50 * 1024 * 1024 + b"]}"
+    refused = api.call("POST", f"/v1/adapters/{adapter}/fwdbwd", content=body, headers=JSON)
+    assert "at most 50331648 bytes" in problem(refused, 413, "too-large")["detail"]
+
+
+def test_a_body_that_hides_its_length(settings: Settings, sqlite_store: EventStore) -> None:
+    small = msgspec.structs.replace(settings, limits=Limits(max_body_bytes=1000))
+
+    async def chunks() -> Any:
+        for _ in range(20):
+            yield b" " * 100
+
+    with ApiDriver(small, sqlite_store) as api:
+        problem(api.call("POST", "/v1/adapters", content=chunks(), headers=JSON), 413, "too-large")
+
+
+def test_too_many_tokens(settings: Settings, sqlite_store: EventStore) -> None:
+    record_environment(sqlite_store)
+    small = msgspec.structs.replace(settings, limits=Limits(max_request_tokens=5))
+    with ApiDriver(small, sqlite_store) as api:
+        adapter = api.adapter()
+        refused = problem(
+            api.post(f"/v1/adapters/{adapter}/fwdbwd", json={"data": [datum(3), datum(3)]}), 413, "too-large"
+        )
+        assert (refused["num_tokens"], refused["limit"]) == (6, 5)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/adapters/ad_%00",
+        "/v1/adapters/" + "a" * 5000,
+        "/v1/adapters/ad_%F0%9F%92%A5",
+        "/v1/adapters/..%2f..%2fetc",
+        "/v1/adapters/' OR 1=1 --",
+        "/v1/checkpoints/%ff",
+        "/v1/futures/0",
+        "/v1/futures/-1",
+        "/v1/futures/99999999999999999999999999",
+        "/v1/futures/abc",
+        "/v1/runs/x",
+        "/v1/nothing",
+        "/../../etc/passwd",
+    ],
+)
+def test_ids_that_are_none(api: ApiDriver, path: str) -> None:
+    problem(api.get(path), 404, "not-found")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/futures/1?wait_s=61",
+        "/v1/futures/1?wait_s=-1",
+        "/v1/futures/1?wait_s=nan",
+        "/v1/futures/1?wait_s=x",
+        "/v1/futures?after=-1",
+        "/v1/futures?after=99999999999999999999999",
+        "/v1/futures?limit=0",
+        "/v1/adapters?limit=1001",
+        "/v1/adapters?offset=-1",
+        "/v1/runs?offset=9223372036854775808",
+        "/v1/events?after=x",
+        "/v1/events?after=-1",
+        "/v1/usage?all_tenants=maybe",
+    ],
+)
+def test_parameters_out_of_range(api: ApiDriver, path: str) -> None:
+    problem(api.get(path), 400, "invalid-request")
+
+
+def test_a_foreign_last_event_id(api: ApiDriver) -> None:
+    for value in ("x", "-1", "9" * 30):
+        problem(api.get("/v1/events", headers={"Last-Event-ID": value}), 400, "invalid-request")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("PUT", "/v1/adapters"), ("DELETE", "/v1/futures/1"), ("GET", "/add_lora")]
+)
+def test_methods_that_are_none(api: ApiDriver, method: str, path: str) -> None:
+    answered = api.call(method, path)
+    problem(answered, 405, "method-not-allowed")
+    assert answered.headers["allow"]
+
+
+def test_an_optimizer_step_without_gradients_fails_as_the_users(api: ApiDriver, adapter: str) -> None:
+    """Only the executor knows; what it says reaches the caller."""
+    future = api.submit(f"/v1/adapters/{adapter}/optim_step")
+    answer(
+        api.store,
+        future["id"],
+        kinds.OptimStepFailed(category="user", code="no-gradients", message="no gradient was accumulated"),
+    )
+    done = api.get(f"/v1/futures/{future['id']}").json()
+    assert (done["state"], done["error"]["category"]) == ("failed", "user")

@@ -1,0 +1,113 @@
+"""Answers made of rows and events: exact, or an error, never filled in."""
+
+import math
+
+import msgspec
+import numpy as np
+import pytest
+
+from tinkerbell import wire
+from tinkerbell.api import views
+from tinkerbell.errors import Corrupt
+from tinkerbell.events import kinds
+from tinkerbell.events.kinds import Recorded
+from tinkerbell.events.rows import FutureRow, RunPoint
+from tinkerbell.types import SampledSequence
+
+ROW = FutureRow(
+    id=3,
+    tenant="t",
+    adapter="a",
+    seq=1,
+    kind="forward_backward",
+    state="completed",
+    num_tokens=2,
+    result_position=4,
+    cost_us=9,
+    created_us=1_700_000_000_000_001,
+    done_us=1_700_000_001_000_000,
+)
+
+
+def recorded(event: kinds.AnyEvent) -> Recorded:
+    return Recorded(
+        position=4,
+        stream="adapter/a",
+        stream_version=0,
+        at_us=0,
+        tenant="t",
+        adapter="a",
+        seq=None,
+        event=event,
+        body=None,
+        blobs={},
+        causation=3,
+        correlation=None,
+        actor=None,
+        hash="",
+    )
+
+
+def logprobs(*values: float) -> bytes:
+    return np.array(values, "<f4").tobytes()
+
+
+DONE = kinds.ForwardBackwardCompleted(loss=1.0, metrics={}, num_tokens=2)
+
+
+def test_float32_numbers_arrive_as_they_are() -> None:
+    values = (-0.1, -1e-38)
+    future = views.answered(ROW, recorded(DONE), kinds.LogprobsBody([logprobs(*values)]))
+    assert isinstance(future.result, wire.ForwardBackwardResult)
+    sent = msgspec.json.decode(msgspec.json.encode(future), type=wire.Future)
+    assert isinstance(sent.result, wire.ForwardBackwardResult)
+    assert np.array(sent.result.logprobs[0], "<f4").tobytes() == logprobs(*values)
+
+
+def test_times_are_rfc_3339() -> None:
+    future = views.future(ROW, place=None)
+    assert future.created_at == "2023-11-14T22:13:20.000001Z"
+    assert future.finished_at == "2023-11-14T22:13:21.000000Z"
+
+
+@pytest.mark.parametrize("body", [None, kinds.LogprobsBody([logprobs(-1.0)]), kinds.LogprobsBody([])])
+def test_a_missing_logprob_is_an_error(body: kinds.Body | None) -> None:
+    with pytest.raises(Corrupt, match="event 4 has"):
+        views.answered(ROW, recorded(DONE), body)
+
+
+def test_a_sample_has_a_logprob_for_each_token() -> None:
+    event = kinds.SampleCompleted(step=0, num_prompt_tokens=1, num_sampled_tokens=2)
+    tokens = np.array([1, 2], "<i4").tobytes()
+    body = kinds.SamplesBody([SampledSequence(tokens, logprobs(-1.0), "stop")], None)
+    with pytest.raises(Corrupt, match="2 sampled tokens and 1 logprobs"):
+        views.answered(ROW, recorded(event), body)
+    with pytest.raises(Corrupt, match="no samples"):
+        views.answered(ROW, recorded(event), None)
+
+
+@pytest.mark.parametrize(
+    ("event", "body"),
+    [
+        (DONE, kinds.LogprobsBody([logprobs(-1.0, math.nan)])),
+        (DONE, kinds.LogprobsBody([logprobs(-1.0, -math.inf)])),
+        (msgspec.structs.replace(DONE, loss=math.nan), kinds.LogprobsBody([logprobs(-1.0, -1.0)])),
+        (msgspec.structs.replace(DONE, metrics={"kl": math.inf}), kinds.LogprobsBody([logprobs(-1.0, -1.0)])),
+        (kinds.OptimStepCompleted(step=1, grad_norm=math.nan, state_digest=""), None),
+    ],
+)
+def test_what_json_cannot_carry_fails_by_name(event: kinds.AnyEvent, body: kinds.Body | None) -> None:
+    future = views.answered(ROW, recorded(event), body)
+    assert (future.state, future.error, future.result) == ("failed", views.NOT_FINITE, None)
+
+
+def test_run_points() -> None:
+    row = RunPoint(step=1, at_us=0, learning_rate=0.1, grad_norm=math.inf, loss_sum=6.0, num_tokens=4, state_digest="d")
+    point = views.run_point(row)
+    assert (point.grad_norm, point.loss_per_token) == (None, 1.5)
+    assert views.run_point(msgspec.structs.replace(row, num_tokens=0)).loss_per_token is None
+
+
+def test_what_is_no_result_is_corrupt() -> None:
+    with pytest.raises(Corrupt, match="is no result"):
+        views.answered(ROW, recorded(kinds.BatchLost(batch="1.1", reason="")), None)

@@ -1,0 +1,81 @@
+"""What every route shares: the store, the gate, the waiter, the doorbell; made with the app, closed with
+it."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+from tinkerbell.api.auth import Gate
+from tinkerbell.api.doorbell import Doorbell
+from tinkerbell.config import Settings
+from tinkerbell.errors import Unavailable
+from tinkerbell.events.futures import FutureWaiter
+from tinkerbell.events.store import EventStore
+from tinkerbell.types import ModelInfo, TenantId
+
+RETRY_SOON_S = 1.0
+"""Advice while a server is starting."""
+
+
+class InFlight:
+    """Requests admitted but not yet committed, by tenant: concurrent posts must not all see the same free
+    place."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[TenantId, tuple[int, int]] = {}
+
+    def hold(self, tenant: TenantId, tokens: int) -> tuple[int, int]:
+        """Count one more request; (requests, tokens) that were held before it."""
+        with self._lock:
+            requests, held_tokens = self._held.get(tenant, (0, 0))
+            self._held[tenant] = (requests + 1, held_tokens + tokens)
+            return requests, held_tokens
+
+    def release(self, tenant: TenantId, tokens: int) -> None:
+        """It is committed, or refused."""
+        with self._lock:
+            requests, held_tokens = self._held.pop(tenant)
+            if requests > 1:
+                self._held[tenant] = (requests - 1, held_tokens - tokens)
+
+
+class Context:
+    """One per app. All asyncio parts belong to the loop that runs the app's lifespan."""
+
+    def __init__(
+        self, settings: Settings, store: EventStore, scheduler_failed: Callable[[], Exception | None] | None
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.gate = Gate(settings, store.queries)
+        self.waiter = FutureWaiter(store)
+        self.doorbell = Doorbell(store)
+        self.in_flight = InFlight()
+        self.stopping = asyncio.Event()
+        """Set when the server is about to end: streams and long polls end by themselves."""
+        self._scheduler_failed = scheduler_failed
+
+    async def start(self) -> None:
+        """Subscribe to the log."""
+        await self.waiter.start()
+        await self.doorbell.start()
+
+    async def stop(self) -> None:
+        """Wake everybody who waits; they answer with what there is. May be called twice."""
+        if self.stopping.is_set():
+            return
+        self.stopping.set()
+        self.doorbell.stop()
+        await self.waiter.stop()
+
+    def failure(self) -> Exception | None:
+        """Why this process's scheduler ended, if it did."""
+        return self._scheduler_failed() if self._scheduler_failed is not None else None
+
+    def model(self) -> ModelInfo:
+        """The served model. Raises Unavailable until an executor has come up. Reads the database."""
+        environment = self.store.queries.environment()
+        if environment is None:
+            raise Unavailable("No executor has come up yet; try again shortly.", retry_after_s=RETRY_SOON_S)
+        return environment.model

@@ -1,0 +1,107 @@
+"""The OpenAPI document at /schema and a page to read it, with every file served from here."""
+
+import openapi_ui_bundles.swagger_ui
+from litestar import Router
+from litestar.datastructures import ResponseHeader
+from litestar.openapi.config import OpenAPIConfig
+from litestar.openapi.plugins import JsonRenderPlugin, SwaggerRenderPlugin
+from litestar.openapi.spec import Components, OpenAPI, OpenAPIType, Parameter, Schema, SecurityScheme, Tag
+from litestar.static_files import create_static_files_router
+
+import tinkerbell
+from tinkerbell.api.auth import PUBLIC
+from tinkerbell.api.schemas import wire_schemas
+
+ASSETS = "/schema/assets"
+
+_DESCRIPTION = """\
+Fine-tune many LoRA adapters at once on one frozen base model.
+
+Every POST is an event in the log before it is answered with 202 and a future;
+`GET /v1/futures/{future_id}?wait_s=30` waits for the answer. Requests of one adapter run in the order they
+were accepted, so send them without waiting.
+Errors are RFC 9457 problem documents; `type` is `urn:tinkerbell:problem:<slug>`.
+"""
+
+_TAGS = {
+    "adapters": "Many small weight differences on one frozen model.",
+    "training": "Gradients accumulate over fwdbwd calls; optim_step applies and clears them.",
+    "sampling": "Continuations with per-token logprobs.",
+    "checkpoints": "Weights and optimizer, in PEFT's format.",
+    "futures": "What became of a request.",
+    "log": "Every event of yours, in order.",
+    "runs": "The history of an adapter, from its optimizer steps.",
+    "usage": "What was used, and what waits.",
+    "models": "What is served.",
+    "aliases": "Short paths with the adapter in the body.",
+    "health": "For probes; no key needed.",
+}
+
+# Nothing may come from elsewhere: the page works without a network, and says so to the browser.
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
+)
+
+
+def config() -> OpenAPIConfig:
+    """OpenAPI 3.1 at /schema/openapi.json, the page at /schema."""
+    return OpenAPIConfig(
+        title="Tinkerbell",
+        version=tinkerbell.__version__,
+        description=_DESCRIPTION,
+        use_handler_docstrings=True,
+        tags=[Tag(name=name, description=description) for name, description in _TAGS.items()],
+        components=Components(
+            security_schemes={
+                "bearer": SecurityScheme(type="http", scheme="bearer", description="Authorization: Bearer tb-..."),
+                "header": SecurityScheme(type="apiKey", name="X-API-Key", security_scheme_in="header"),
+            }
+        ),
+        security=[{"bearer": []}, {"header": []}],
+        render_plugins=[
+            SwaggerRenderPlugin(
+                path="/",
+                js_url=f"{ASSETS}/swagger-ui-bundle.js",
+                css_url=f"{ASSETS}/swagger-ui.css",
+                standalone_preset_js_url=f"{ASSETS}/swagger-ui-standalone-preset.js",
+                favicon='<link rel="icon" href="data:,">',
+            ),
+            JsonRenderPlugin(),
+        ],
+        openapi_router=Router(
+            path="/schema",
+            route_handlers=[],
+            opt=PUBLIC,
+            include_in_schema=False,
+            response_headers=[ResponseHeader(name="Content-Security-Policy", value=_POLICY)],
+        ),
+    )
+
+
+def complete(document: OpenAPI) -> None:
+    """Put the exact schemas of the wire types in the place of the framework's, and say that no parameter is
+    null."""
+    assert document.components.schemas is not None
+    for name, schema in wire_schemas().items():
+        document.components.schemas[name] = schema  # type: ignore[assignment]  # written out as it is
+    for item in (document.paths or {}).values():
+        for operation in (item.get, item.put, item.post, item.delete, item.patch):
+            for parameter in (operation.parameters or []) if operation is not None else []:
+                if isinstance(parameter, Parameter) and isinstance(parameter.schema, Schema):
+                    _without_null(parameter.schema)
+
+
+def _without_null(schema: Schema) -> None:
+    for choice in schema.one_of or ():
+        if isinstance(choice, Schema) and choice.type != OpenAPIType.NULL:
+            schema.type, schema.one_of = choice.type, None
+
+
+def assets() -> Router:
+    """The page's scripts and styles, from an installed package."""
+    return create_static_files_router(
+        path=ASSETS,
+        directories=[openapi_ui_bundles.swagger_ui.static_path],
+        opt=PUBLIC,
+        include_in_schema=False,
+    )

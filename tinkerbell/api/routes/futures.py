@@ -1,0 +1,74 @@
+"""Futures: what became of a request; by long poll."""
+
+import asyncio
+from typing import Annotated
+
+from litestar import Router, get
+from litestar.di import NamedDependency
+from litestar.params import FromPath, QueryParameter
+
+from tinkerbell import wire
+from tinkerbell.api import views
+from tinkerbell.api.auth import Principal
+from tinkerbell.api.context import Context
+from tinkerbell.api.paging import MAX_POSITION, Limit
+from tinkerbell.api.problems import problems
+from tinkerbell.errors import Corrupt, NotFound
+from tinkerbell.events.rows import FutureRow
+from tinkerbell.types import TenantId
+
+_TAGS = ["futures"]
+
+WaitS = Annotated[float, QueryParameter(ge=0, le=60, description="Seconds to wait for the answer; 0 answers at once.")]
+After = Annotated[int, QueryParameter(ge=0, le=MAX_POSITION, description="Only those with a larger id.")]
+
+
+async def wait_for(context: Context, tenant: TenantId, future_id: int, wait_s: float) -> wire.Future:
+    """The future, with its answer if there is one within `wait_s` seconds. Raises NotFound."""
+    row = await context.waiter.wait(tenant, future_id, wait_s) if 0 < future_id <= MAX_POSITION else None
+    if row is None:
+        raise NotFound(f"There is no future {future_id}.")
+    return await asyncio.to_thread(_view, context, row)
+
+
+def _view(context: Context, row: FutureRow) -> wire.Future:
+    store = context.store
+    if row.state == "pending":
+        return views.future(row, place=store.queries.place(row.tenant, row.id))
+    if row.result_position is None or (result := store.get(row.result_position)) is None:
+        raise Corrupt(f"future {row.id} is {row.state} and has no result")
+    return views.answered(row, result, store.body(result))
+
+
+@get(
+    "/futures/{future_id:int}",
+    operation_id="show_future",
+    summary="A future",
+    tags=_TAGS,
+    responses=problems(404),
+)
+async def show_future(
+    future_id: FromPath[int],
+    context: NamedDependency[Context],
+    principal: NamedDependency[Principal],
+    wait_s: WaitS = 0.0,
+) -> wire.Future:
+    """Waits up to `wait_s` seconds for the answer; a pending one then comes back as it is. Answers are kept
+    forever and may be read any number of times."""
+    return await wait_for(context, principal.tenant, future_id, wait_s)
+
+
+@get("/futures", operation_id="list_futures", summary="Your pending futures", tags=_TAGS, responses=problems())
+async def list_futures(
+    context: NamedDependency[Context],
+    principal: NamedDependency[Principal],
+    after: After = 0,
+    limit: Limit = 100,
+) -> list[wire.Future]:
+    """In the order they were accepted; the next page is `after` the last id."""
+    rows = await asyncio.to_thread(context.store.queries.pending, principal.tenant)
+    numbered = [(place, row) for place, row in enumerate(rows) if row.id > after]
+    return [views.future(row, place=place) for place, row in numbered[:limit]]
+
+
+router = Router(path="/", route_handlers=[show_future, list_futures])

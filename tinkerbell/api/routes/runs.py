@@ -1,0 +1,134 @@
+"""Runs, usage, the queue and the model: what happened, what it cost, what waits, what is served."""
+
+import asyncio
+import time
+from typing import Annotated
+
+from litestar import Router, get
+from litestar.di import NamedDependency
+from litestar.params import FromPath, QueryParameter
+
+from tinkerbell import wire
+from tinkerbell.api import validation, views
+from tinkerbell.api.auth import Principal
+from tinkerbell.api.context import Context
+from tinkerbell.api.paging import MAX_POSITION, Limit, Offset, page
+from tinkerbell.api.problems import problems
+from tinkerbell.errors import Forbidden
+from tinkerbell.events.rows import AdapterRow
+from tinkerbell.types import ModelInfo, TenantId
+
+RECENT_S = 60.0
+"""Window of the queue's `recent` numbers."""
+
+AfterStep = Annotated[int, QueryParameter(ge=0, le=MAX_POSITION, description="Only points of later steps.")]
+AllTenants = Annotated[bool, QueryParameter(description="Every tenant's; needs an admin key.")]
+
+
+def _run(context: Context, row: AdapterRow, points: list[wire.RunPoint]) -> wire.Run:
+    counts = context.store.queries.run_counts(row.tenant, row.id)
+    return wire.Run(
+        adapter=views.adapter(row),
+        num_requests=counts.num_requests,
+        num_failed=counts.num_failed,
+        num_tokens=counts.num_tokens,
+        cost_us=counts.cost_us,
+        points=points,
+    )
+
+
+@get("/runs", operation_id="list_runs", summary="Your runs", tags=["runs"], responses=problems())
+async def list_runs(
+    context: NamedDependency[Context],
+    principal: NamedDependency[Principal],
+    limit: Limit = 100,
+    offset: Offset = 0,
+) -> list[wire.Run]:
+    """One for each adapter, without points."""
+
+    def read() -> list[wire.Run]:
+        rows = page(context.store.queries.adapters(principal.tenant), limit, offset)
+        return [_run(context, row, []) for row in rows]
+
+    return await asyncio.to_thread(read)
+
+
+@get("/runs/{adapter_id:str}", operation_id="show_run", summary="A run", tags=["runs"], responses=problems(404))
+async def show_run(
+    adapter_id: FromPath[str],
+    context: NamedDependency[Context],
+    principal: NamedDependency[Principal],
+    after_step: AfterStep = 0,
+    limit: Limit = 1000,
+) -> wire.Run:
+    """The history of an adapter: one point for each optimizer step, straight from the log."""
+
+    def read() -> wire.Run:
+        queries = context.store.queries
+        row = queries.adapter(principal.tenant, validation.adapter_id(adapter_id))
+        if row is None:
+            raise validation.no_adapter(adapter_id)
+        points = queries.run_points(principal.tenant, adapter_id, after_step, limit)
+        return _run(context, row, [views.run_point(point) for point in points])
+
+    return await asyncio.to_thread(read)
+
+
+@get("/usage", operation_id="show_usage", summary="What was used", tags=["usage"], responses=problems())
+async def show_usage(
+    context: NamedDependency[Context], principal: NamedDependency[Principal], all_tenants: AllTenants = False
+) -> list[wire.UsageRow]:
+    """By adapter and kind of request: tokens, and accelerator microseconds, which sum to the time it was
+    busy."""
+    rows = await asyncio.to_thread(context.store.queries.usage, _scope(principal, all_tenants))
+    return [views.usage_row(row) for row in rows]
+
+
+@get("/queue", operation_id="show_queue", summary="What waits", tags=["usage"], responses=problems())
+async def show_queue(
+    context: NamedDependency[Context], principal: NamedDependency[Principal], all_tenants: AllTenants = False
+) -> wire.Queue:
+    """Your own line."""
+    tenant = _scope(principal, all_tenants)
+    return await asyncio.to_thread(_queue, context, tenant)
+
+
+@get("/models", operation_id="list_models", summary="What is served", tags=["models"], responses=problems(503))
+async def list_models(context: NamedDependency[Context]) -> list[ModelInfo]:
+    """The base model: vocabulary, longest sequence, LoRA targets, tokenizer."""
+    return [await asyncio.to_thread(context.model)]
+
+
+def _scope(principal: Principal, all_tenants: bool) -> TenantId | None:
+    if not all_tenants:
+        return principal.tenant
+    if not principal.admin:
+        raise Forbidden("all_tenants needs an admin key.")
+    return None
+
+
+def _queue(context: Context, tenant: TenantId | None) -> wire.Queue:
+    queries = context.store.queries
+    recent = queries.recent_usage(time.time_ns() // 1000 - int(RECENT_S * 1e6), tenant)
+    served: dict[TenantId, int] = {}
+    for row in queries.usage(tenant):
+        served[row.tenant] = served.get(row.tenant, 0) + row.cost_us
+    lines = []
+    for name in queries.tenants() if tenant is None else [tenant]:
+        num_pending, pending_tokens = queries.pending_count(name)
+        recent_cost_us, recent_tokens = recent.get(name, (0, 0))
+        lines.append(
+            wire.TenantQueue(
+                tenant=name,
+                weight=queries.tenant(name).weight,
+                num_pending=num_pending,
+                pending_tokens=pending_tokens,
+                cost_us=served.get(name, 0),
+                recent_cost_us=recent_cost_us,
+                recent_tokens=recent_tokens,
+            )
+        )
+    return wire.Queue(tenants=lines, position=context.store.head())
+
+
+router = Router(path="/", route_handlers=[list_runs, show_run, show_usage, show_queue, list_models])

@@ -1,0 +1,176 @@
+"""Whether a request makes sense for the served model, and its lists as bytes. Pure.
+
+Checked here is all that can be known without running it, so that a caller learns of a mistake at once and in
+the terms of its own request; every error names the datum or field.
+
+N: tokens of a datum; P: tokens of a prompt.
+"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from tinkerbell import wire
+from tinkerbell.errors import InvalidRequest, NotFound, TooLarge
+from tinkerbell.types import (
+    BUILTIN_LOSSES,
+    TARGET_PRESETS,
+    Datum,
+    LoraConfig,
+    LossSignature,
+    LossSpec,
+    ModelInfo,
+    SamplingParams,
+)
+
+MIN_TEMPERATURE = 1e-6
+"""Below it logits divided by the temperature leave float32; 0 means greedy."""
+
+_ADAPTER_ID = re.compile(r"ad_[a-z2-7]{20}")
+_CHECKPOINT_ID = re.compile(r"ck_[a-z2-7]{20}")
+
+
+def adapter_id(text: str) -> str:
+    """`text` if it can be an adapter's id. Raises NotFound in the words used for one that does not exist."""
+    if not _ADAPTER_ID.fullmatch(text):
+        raise no_adapter(text)
+    return text
+
+
+def checkpoint_id(text: str) -> str:
+    """`text` if it can be a checkpoint's id. Raises NotFound in the words used for one that does not
+    exist."""
+    if not _CHECKPOINT_ID.fullmatch(text):
+        raise no_checkpoint(text)
+    return text
+
+
+def no_adapter(text: str) -> NotFound:
+    """One text for missing, foreign and removed adapters alike."""
+    return NotFound(f"There is no adapter {text!r}.")
+
+
+def no_checkpoint(text: str) -> NotFound:
+    """One text for missing and foreign checkpoints alike."""
+    return NotFound(f"There is no checkpoint {text!r}.")
+
+
+def lora(config: LoraConfig, model: ModelInfo) -> None:
+    """Every target is a preset or module name this model has."""
+    for target in config.targets:
+        if not any(name in model.targets for name in TARGET_PRESETS.get(target, (target,))):
+            raise InvalidRequest(
+                f"lora.targets: {model.name} has no {target!r}; it has {', '.join(model.targets)}"
+                f" and the presets {', '.join(TARGET_PRESETS)}."
+            )
+
+
+def loss(spec: LossSpec) -> LossSignature:
+    """The signature of a built-in loss whose settings are all known to it."""
+    signature = BUILTIN_LOSSES.get(spec.name)
+    if signature is None:
+        raise InvalidRequest(f"loss.name: {spec.name!r} is none of {', '.join(BUILTIN_LOSSES)}.")
+    for name in spec.config:
+        if name not in signature.config:
+            known = ", ".join(signature.config) or "none"
+            raise InvalidRequest(f"loss.config: {spec.name} has no setting {name!r}; it has {known}.")
+    return signature
+
+
+def data(bodies: Sequence[wire.DatumBody], spec: LossSpec, model: ModelInfo, max_tokens: int) -> list[Datum]:
+    """The data as little-endian bytes. Raises InvalidRequest naming the datum, TooLarge over `max_tokens`."""
+    signature = loss(spec)
+    num_tokens = sum(len(body.tokens) for body in bodies)
+    if num_tokens > max_tokens:
+        raise TooLarge(
+            f"The request has {num_tokens} tokens; a request may have {max_tokens}.",
+            num_tokens=num_tokens,
+            limit=max_tokens,
+        )
+    return [_datum(f"data[{i}]", body, spec.name, signature, model) for i, body in enumerate(bodies)]
+
+
+def _datum(where: str, body: wire.DatumBody, loss_name: str, signature: LossSignature, model: ModelInfo) -> Datum:
+    n = len(body.tokens)
+    if n > model.max_length:
+        raise InvalidRequest(f"{where} has {n} tokens; {model.name} takes at most {model.max_length}.")
+    if len(body.targets) != n:
+        raise InvalidRequest(f"{where} has {n} tokens and {len(body.targets)} targets; it must have as many.")
+    for name in signature.required:
+        if name not in body.loss_inputs:
+            raise InvalidRequest(f"{where}.loss_inputs: {loss_name} needs {name!r}.")
+    for name, values in body.loss_inputs.items():
+        if name not in signature.required and name not in signature.optional:
+            known = ", ".join((*signature.required, *signature.optional))
+            raise InvalidRequest(f"{where}.loss_inputs: {loss_name} reads no {name!r}; it reads {known}.")
+        if len(values) != n:
+            raise InvalidRequest(f"{where}.loss_inputs.{name} has {len(values)} numbers for {n} tokens.")
+    return Datum(
+        tokens=token_bytes(f"{where}.tokens", body.tokens, model),
+        targets=token_bytes(f"{where}.targets", body.targets, model),
+        loss_inputs={
+            name: _float_bytes(f"{where}.loss_inputs.{name}", values)
+            for name, values in sorted(body.loss_inputs.items())
+        },
+    )
+
+
+def token_bytes(where: str, tokens: Sequence[int], model: ModelInfo) -> bytes:
+    """[N] int32. Raises InvalidRequest for a token outside the vocabulary."""
+    ids = np.asarray(tokens, dtype="<i4")
+    outside = np.flatnonzero(ids >= model.vocab_size)
+    if outside.size:
+        i = int(outside[0])
+        raise InvalidRequest(
+            f"{where}[{i}] is {tokens[i]}; the vocabulary of {model.name} has {model.vocab_size} tokens (0 to"
+            f" {model.vocab_size - 1})."
+        )
+    return ids.tobytes()
+
+
+def _float_bytes(where: str, values: Sequence[float]) -> bytes:
+    """[N] float32. Raises InvalidRequest for what float32 cannot hold."""
+    with np.errstate(over="ignore"):
+        numbers = np.asarray(values, dtype="<f4")
+    outside = np.flatnonzero(~np.isfinite(numbers))
+    if outside.size:
+        i = int(outside[0])
+        raise InvalidRequest(f"{where}[{i}] is {values[i]}; it must be a finite float32 number.")
+    return numbers.tobytes()
+
+
+def prompt(body: wire.Sample, model: ModelInfo, max_tokens: int) -> bytes:
+    """[P] int32. Raises InvalidRequest where prompt and continuation exceed the model, TooLarge over
+    `max_tokens`."""
+    p, params = len(body.prompt), body.params
+    if p + params.max_tokens > model.max_length:
+        raise InvalidRequest(
+            f"prompt has {p} tokens and params.max_tokens is {params.max_tokens}: {p + params.max_tokens}"
+            f" together; {model.name} takes at most {model.max_length}."
+        )
+    total = p + params.num_samples * params.max_tokens
+    if total > max_tokens:
+        raise TooLarge(
+            f"The prompt and {params.num_samples} samples of {params.max_tokens} tokens are {total} tokens;"
+            f" a request may have {max_tokens}.",
+            num_tokens=total,
+            limit=max_tokens,
+        )
+    _sampling(params, model)
+    return token_bytes("prompt", body.prompt, model)
+
+
+def _sampling(params: SamplingParams, model: ModelInfo) -> None:
+    for i, text in enumerate(params.stop):
+        if "\0" in text:
+            raise InvalidRequest(f"params.stop[{i}] has a NUL character.")
+    for i, token in enumerate(params.stop_tokens or ()):
+        if token >= model.vocab_size:
+            raise InvalidRequest(
+                f"params.stop_tokens[{i}] is {token}; the vocabulary of {model.name} has {model.vocab_size} tokens."
+            )
+    if 0 < params.temperature < MIN_TEMPERATURE:
+        raise InvalidRequest(
+            f"params.temperature is {params.temperature}; use 0 for greedy, or at least {MIN_TEMPERATURE}."
+        )
