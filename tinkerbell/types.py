@@ -25,7 +25,7 @@ SYSTEM_TENANT: TenantId = "system"
 LOCAL_TENANT: TenantId = "local"
 """The one tenant of a server without keys (loopback only)."""
 
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$(?!\n)")]
 """A name a person gives: 1 to 64 letters, digits, dots, dashes, underscores."""
 
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {

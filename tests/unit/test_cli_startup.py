@@ -1,0 +1,22 @@
+"""The command line answers at once: nothing heavy is imported before it is needed."""
+
+import subprocess
+import sys
+
+import pytest
+
+PROBE = """
+import sys
+from tinkerbell.cli.main import run
+status = run({args!r})
+heavy = {{"torch", "transformers", "litestar", "sqlalchemy", "alembic", "numpy", "httpx"}} & set(sys.modules)
+sys.exit(f"imported: {{sorted(heavy)}}" if heavy or status else 0)
+"""
+
+
+@pytest.mark.parametrize("args", [["--version"], ["--help"], ["serve", "--help"], ["keys", "--help"]])
+def test_nothing_heavy(args: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE.format(args=args)], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr

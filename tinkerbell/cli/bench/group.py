@@ -1,0 +1,23 @@
+"""`tinkerbell bench`: the group of benchmarks."""
+
+import click
+
+from tinkerbell.cli.lazy import LazyGroup
+
+BENCHMARKS = {
+    "store": "tinkerbell.cli.bench.store:store",
+    "overhead": "tinkerbell.cli.bench.overhead:overhead",
+    "fairness": "tinkerbell.cli.bench.fairness:fairness",
+}
+"""Name -> where its click command is."""
+
+
+@click.group(cls=LazyGroup, targets=BENCHMARKS)
+def bench() -> None:
+    """Measure this machine. Each benchmark prints its parameters and what it ran on.
+
+    \b
+    tinkerbell bench store
+    tinkerbell bench overhead --json overhead.json
+    tinkerbell bench fairness
+    """

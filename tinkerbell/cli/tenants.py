@@ -1,0 +1,117 @@
+"""`tinkerbell tenants`: each tenant's share of the accelerator and its limits."""
+
+import math
+from pathlib import Path
+
+import click
+import msgspec
+
+from tinkerbell.cli.keys import TENANT
+from tinkerbell.cli.options import json_option, log_options, open_store, print_json, print_table
+
+COUNT = click.IntRange(min=0)
+
+
+@click.group()
+def tenants() -> None:
+    """Shares and limits of tenants.
+
+    \b
+    tinkerbell tenants set alice --weight 2
+    tinkerbell tenants list
+    """
+
+
+@tenants.command(name="set")
+@click.argument("tenant", type=TENANT)
+@click.option(
+    "--weight",
+    type=click.FloatRange(min=0.001, max=1000),
+    help="Share of the accelerator, relative to others' 1.",
+)
+@click.option("--max-pending-requests", type=COUNT, help="Requests that may wait.")
+@click.option("--max-pending-tokens", type=COUNT, help="Tokens that may wait.")
+@click.option("--max-adapters", type=COUNT, help="Living adapters.")
+@log_options
+def set_tenant(
+    tenant: str,
+    weight: float | None,
+    max_pending_requests: int | None,
+    max_pending_tokens: int | None,
+    max_adapters: int | None,
+    config: Path | None,
+    data_dir: str | None,
+    database_url: str | None,
+) -> None:
+    """Set TENANT's share and limits; what is not named stays as it is.
+
+    \b
+    tinkerbell tenants set alice --weight 2 --max-pending-requests 200
+    """
+    from tinkerbell.events.kinds import NewEvent, TenantConfigured
+
+    given = {
+        "weight": weight,
+        "max_pending_requests": max_pending_requests,
+        "max_pending_tokens": max_pending_tokens,
+        "max_adapters": max_adapters,
+    }
+    if weight is not None and not math.isfinite(weight):
+        raise click.UsageError("A weight is a finite number.")
+    changes = {name: value for name, value in given.items() if value is not None}
+    if not changes:
+        raise click.UsageError("Nothing to set; see --help.")
+    store = open_store(config, data_dir, database_url)
+    try:
+        row = store.queries.tenant(tenant)
+        event = TenantConfigured(**{name: changes.get(name, getattr(row, name)) for name in given})
+        store.append(NewEvent(event=event, tenant=tenant, stream=f"tenant/{tenant}"))
+    finally:
+        store.close()
+    click.echo(
+        f"{tenant}: "
+        + ", ".join(f"{name} = {value}" for name, value in msgspec.to_builtins(event).items() if name in given)
+    )
+
+
+@tenants.command(name="list")
+@log_options
+@json_option
+def list_tenants(config: Path | None, data_dir: str | None, database_url: str | None, as_json: bool) -> None:
+    """List tenants with their shares, limits and what waits.
+
+    \b
+    tinkerbell tenants list --json
+    """
+    store = open_store(config, data_dir, database_url)
+    try:
+        rows = []
+        for name in store.queries.tenants():
+            row = store.queries.tenant(name)
+            requests, tokens = store.queries.pending_count(name)
+            rows.append(
+                {
+                    "tenant": name,
+                    "weight": row.weight,
+                    "max_pending_requests": row.max_pending_requests,
+                    "max_pending_tokens": row.max_pending_tokens,
+                    "max_adapters": row.max_adapters,
+                    "num_pending": requests,
+                    "pending_tokens": tokens,
+                }
+            )
+    finally:
+        store.close()
+    if as_json:
+        print_json(rows)
+    else:
+        columns = (
+            "tenant",
+            "weight",
+            "max requests",
+            "max tokens",
+            "max adapters",
+            "pending",
+            "pending tokens",
+        )
+        print_table("Tenants (empty: the server's default)", columns, [tuple(row.values()) for row in rows])

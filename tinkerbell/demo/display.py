@@ -1,0 +1,85 @@
+"""What a person sees while the users train: a live table on a terminal, a line now and then elsewhere."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from tinkerbell.demo.track import Track
+
+BARS = "▁▂▃▄▅▆▇█"
+CURVE = 24
+"""Characters of a curve."""
+
+
+class Display:
+    """Use as a context manager, and call `update` as often as you like."""
+
+    def __init__(self, console: Console, tracks: Sequence[Track]) -> None:
+        self._console = console
+        self._tracks = tracks
+        self._live = Live(table(tracks), console=console, auto_refresh=False) if console.is_terminal else None
+        self._told: dict[str, int] = {}
+
+    def __enter__(self) -> "Display":
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.update(table(self._tracks), refresh=True)
+            self._live.stop()
+
+    def update(self) -> None:
+        """Show how it stands."""
+        if self._live is not None:
+            self._live.update(table(self._tracks), refresh=True)
+            return
+        for track in self._tracks:
+            steps = len(track.points)
+            if steps - self._told.get(track.user, 0) >= 4 or (
+                steps == track.num_steps and steps not in self._told.values()
+            ):
+                self._told[track.user] = steps
+                text = (
+                    f"{track.user:<8} step {steps:>3}/{track.num_steps}  {track.measure} {track.points[-1].value:.3f}"
+                )
+                self._console.print(Text(text))
+
+
+def table(tracks: Sequence[Track]) -> Table:
+    """One row for each user."""
+    grid = Table(header_style="bold")
+    for name in ("user", "task", "adapter"):
+        grid.add_column(name)
+    for name in ("step", "now", "tokens", "accelerator s", "share"):
+        grid.add_column(name, justify="right")
+    grid.add_column("curve", min_width=CURVE)
+    total = sum(track.cost_us for track in tracks)
+    for track in tracks:
+        values = [point.value for point in track.points]
+        now = f"{track.measure} {values[-1]:.3f}" if values else track.state
+        grid.add_row(
+            Text(track.user),
+            Text(track.task),
+            Text(track.lora),
+            f"{len(values)}/{track.num_steps}",
+            Text(track.error if track.state == "failed" else now, style="red" if track.state == "failed" else ""),
+            f"{track.tokens:,}",
+            f"{track.cost_us / 1e6:.1f}",
+            f"{track.cost_us / total:.0%}" if total else "",
+            Text(curve(values)),
+        )
+    return grid
+
+
+def curve(values: Sequence[float]) -> str:
+    """The values as bars, from 0 to their largest; the newest CURVE of them."""
+    top = max(values, default=0.0)
+    if top <= 0:
+        return BARS[0] * len(values[-CURVE:])
+    last = len(BARS) - 1
+    return "".join(BARS[max(0, min(last, round(value / top * last)))] for value in values[-CURVE:])

@@ -1,0 +1,129 @@
+"""From tokens, text or conversations to the data of forward_backward; plain lists, no tensor library.
+
+The server shifts nothing: position t of a datum holds input token t, and the target is the token after it.
+Each helper here takes whole sequences and does that shift; weights say which tokens are learned.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from tinkerbell import wire
+from tinkerbell.errors import InvalidRequest
+from tinkerbell.sdk.tokenizer import Tokenizer, chat_tokens
+
+
+def supervised(
+    tokens: Sequence[int], *, prompt_length: int | None = None, weights: Sequence[float] | None = None
+) -> wire.DatumBody:
+    """A datum for cross_entropy from a sequence of L >= 2 tokens; N = L - 1.
+
+    Learned is every token but the first (which nothing precedes), or every token from `prompt_length` on,
+    or each as much as its entry in `weights` ([L]; the first entry is not used).
+    """
+    length = len(tokens)
+    if length < 2:
+        raise InvalidRequest(f"a sequence needs at least 2 tokens to predict one from another, not {length}")
+    if weights is not None and prompt_length is not None:
+        raise InvalidRequest("give prompt_length or weights, not both")
+    if weights is None:
+        start = 1 if prompt_length is None else prompt_length
+        if not 0 <= start < length:
+            raise InvalidRequest(f"a prompt of {start} tokens leaves nothing to learn of {length}")
+        weights = [float(index >= start) for index in range(length)]
+    if len(weights) != length:
+        raise InvalidRequest(f"{len(weights)} weights for {length} tokens")
+    if not all(map(math.isfinite, weights)):
+        raise InvalidRequest("weights must be finite numbers")
+    return _datum(tokens, weights=weights)
+
+
+def from_text(tokenizer: Tokenizer, prompt: str, completion: str, *, end: bool = True) -> wire.DatumBody:
+    """Learn to continue `prompt` with `completion`, and (`end`) to stop there.
+
+    The two are encoded apart, so that the prompt is the same tokens when it is sampled from later.
+    """
+    head = list(tokenizer.encode(prompt))
+    tail = list(tokenizer.encode(completion, add_special_tokens=False))
+    if end:
+        if tokenizer.eos_token_id is None:
+            raise InvalidRequest("this tokenizer has no end-of-sequence token; pass end=False")
+        tail.append(tokenizer.eos_token_id)
+    return supervised(head + tail, prompt_length=len(head))
+
+
+def from_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[dict[str, str]],
+    *,
+    train_on: Literal["assistant", "last"] = "assistant",
+) -> wire.DatumBody:
+    """Learn the assistant's messages of a conversation (all, or the last message only) in the model's chat
+    format.
+
+    What belongs to a message is found by applying the chat template to the conversation up to it. The
+    end-of-turn token is learned, what the template writes after it is not. Raises InvalidRequest where the
+    template rewrites earlier turns when later ones are added (then no such split exists), or where there is
+    nothing to learn.
+    """
+    if train_on == "last":
+        turns = [len(messages) - 1] if messages and messages[-1]["role"] == "assistant" else []
+    else:
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise InvalidRequest("no message of the assistant to learn")
+    if turns[0] == 0:
+        raise InvalidRequest("the conversation must not begin with the assistant")
+    tokens = chat_tokens(tokenizer, messages, prompt=False)
+    weights = [0.0] * len(tokens)
+    for turn in turns:
+        before = chat_tokens(tokenizer, messages[:turn])
+        until = chat_tokens(tokenizer, messages[: turn + 1], prompt=False)
+        if tokens[: len(before)] != before or tokens[: len(until)] != until or len(until) <= len(before):
+            raise InvalidRequest(
+                f"the chat template is not prefix-stable: with message {turn} it writes the earlier ones"
+                " differently; encode the conversation yourself and use supervised(tokens, weights=...)"
+            )
+        stop = len(until)
+        if tokenizer.eos_token_id in tokens[len(before) : stop]:
+            while tokens[stop - 1] != tokenizer.eos_token_id:
+                stop -= 1
+        weights[len(before) : stop] = [1.0] * (stop - len(before))
+    return supervised(tokens, weights=weights)
+
+
+def policy(
+    prompt: Sequence[int],
+    sampled: Sequence[int],
+    logprobs: Sequence[float],
+    advantage: float | Sequence[float],
+) -> wire.DatumBody:
+    """A datum for importance_sampling or ppo from one sample of M tokens; N = len(prompt) + M - 1.
+
+    `logprobs` [M] are those the sampler gave, in nats; `advantage` is one number for all of them, or [M].
+    """
+    if not prompt or not sampled:
+        raise InvalidRequest("prompt and sample need at least one token each")
+    advantages = [float(advantage)] * len(sampled) if isinstance(advantage, int | float) else list(advantage)
+    if len(logprobs) != len(sampled) or len(advantages) != len(sampled):
+        raise InvalidRequest(
+            f"{len(sampled)} sampled tokens, but {len(logprobs)} logprobs and {len(advantages)} advantages"
+        )
+    nothing = [0.0] * len(prompt)
+    return _datum(
+        [*prompt, *sampled],
+        weights=nothing + [1.0] * len(sampled),
+        logprobs=nothing + list(logprobs),
+        advantages=nothing + advantages,
+    )
+
+
+def _datum(tokens: Sequence[int], **loss_inputs: Sequence[float]) -> wire.DatumBody:
+    """The shift: what is said of a token stands at the position that predicts it."""
+    # int() and float() take the numbers of array libraries as well, which JSON encoders refuse.
+    ids = [int(token) for token in tokens]
+    return wire.DatumBody(
+        tokens=ids[:-1],
+        targets=ids[1:],
+        loss_inputs={name: [float(value) for value in values[1:]] for name, values in loss_inputs.items()},
+    )
