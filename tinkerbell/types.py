@@ -55,7 +55,7 @@ class AdamParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     learning_rate: Annotated[float, Meta(ge=0, le=10)] = 1e-4
     beta1: Annotated[float, Meta(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Meta(ge=0, lt=1)] = 0.95
-    eps: Annotated[float, Meta(gt=0, le=1)] = 1e-8
+    eps: Annotated[float, Meta(ge=1e-20, le=1)] = 1e-8
     weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0
     """Decoupled: weights are multiplied by 1 - learning_rate * weight_decay."""
     grad_clip_norm: Annotated[float, Meta(ge=0, le=1e9)] = 0.0

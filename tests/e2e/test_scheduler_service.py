@@ -252,7 +252,7 @@ def test_a_pipelined_step_lands_in_one_batch(store, serve):
 
 
 def test_a_killed_executor_loses_and_repeats_nothing(store, serve, undisturbed):
-    service = serve(executor_options={"latency_us": "2000"})
+    service = serve(executor_options={"latency_us": "10000"})
     askers = [ask_for_everything(store, number) for number in range(4)]
     killed = set()
     for fraction in (3, 2):
@@ -271,7 +271,7 @@ def test_a_killed_executor_loses_and_repeats_nothing(store, serve, undisturbed):
 def test_a_restarted_server_goes_on(store, serve, undisturbed):
     askers = [ask_for_everything(store, number) for number in range(4)]
     for _ in range(3):
-        service = serve(executor_options={"latency_us": "2000"})
+        service = serve(executor_options={"latency_us": "10000"})
         before = len(types_of(store, *RESULTS))
         wait_until(lambda before=before: len(types_of(store, *RESULTS)) >= before + 20)
         started = time.monotonic()
@@ -297,7 +297,7 @@ def test_a_server_that_ends_in_the_middle_of_a_batch_goes_on(store, serve, undis
 
 
 def test_a_lost_lease_stops_the_leader_at_once(store, serve, server_settings, undisturbed):
-    service = serve(executor_options={"latency_us": "3000"}, lease_ttl_s=0.6)
+    service = serve(executor_options={"latency_us": "10000"}, lease_ttl_s=0.6)
     askers = [ask_for_everything(store, number) for number in range(2)]
     wait_until(lambda: len(types_of(store, *RESULTS)) > 10)
     engine = sa.create_engine(server_settings.url)

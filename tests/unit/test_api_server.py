@@ -10,6 +10,7 @@ import httpx
 import msgspec
 import pytest
 from litestar import Litestar
+from prometheus_client import REGISTRY
 
 from tests.support.api_driver import answer, create_key, record_environment, revoke_key
 from tinkerbell import wire
@@ -164,6 +165,12 @@ def test_idle_streams_are_pinged_and_end_with_their_key(
         assert len(list(lines)) < 1000
 
 
+def polls_in_progress() -> float:
+    """By the server's own metrics."""
+    labels = {"method": "GET", "path": "/v1/futures/{future_id}", "status_code": "200", "app_name": "tinkerbell"}
+    return REGISTRY.get_sample_value("tinkerbell_requests_in_progress", labels) or 0.0
+
+
 def test_a_server_with_listeners_ends_within_seconds(settings: Settings, sqlite_store: EventStore) -> None:
     record_environment(sqlite_store)
     with running(settings, sqlite_store) as (server, client):
@@ -179,7 +186,11 @@ def test_a_server_with_listeners_ends_within_seconds(settings: Settings, sqlite_
             next(lines)
             for thread in polls:
                 thread.start()
-            time.sleep(0.5)
+            deadline = time.monotonic() + 20
+            while polls_in_progress() < len(polls):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            time.sleep(0.2)
             assert not answers
             took_s = server.stop()
             list(lines)

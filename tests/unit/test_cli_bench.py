@@ -1,11 +1,12 @@
 """The arithmetic of the benchmarks, and that they really measure."""
 
+import asyncio
 import time
 
 import pytest
 
 from tinkerbell.cli.bench.fairness import jain
-from tinkerbell.cli.bench.measure import closed_loop, percentile
+from tinkerbell.cli.bench.measure import closed_loop, closed_loop_async, percentile
 from tinkerbell.cli.bench.report import at_least, below
 
 
@@ -50,3 +51,21 @@ def test_expectations() -> None:
     assert not at_least("gain", 7.9, 8.0).met
     assert below("p50", 9.9, 10.0).met
     assert not below("p50", 10.0, 10.0).met
+
+
+def test_closed_loop_of_coroutines() -> None:
+    async def operation() -> None:
+        await asyncio.sleep(0.01)
+
+    rate = asyncio.run(closed_loop_async([operation] * 4, 0.3, warmup_s=0.05))
+    assert 4 < rate.num_operations <= 4 * (rate.seconds / 0.01 + 1)
+    assert rate.p50_ms >= 10
+
+
+def test_a_coroutine_that_fails_ends_the_loop() -> None:
+    async def fail() -> None:
+        raise RuntimeError("refused")
+
+    with pytest.raises(ExceptionGroup) as caught:
+        asyncio.run(closed_loop_async([fail], 5.0))
+    assert caught.group_contains(RuntimeError, match="refused")

@@ -72,6 +72,26 @@ def test_bits_do_not_depend_on_company_or_order(model: hf_model.LoadedModel) -> 
             assert together[name] == alone[name], f"tenant {name} in {order}"
 
 
+def test_bits_do_not_depend_on_longer_company_where_rotary_tables_do(tmp_path: Path) -> None:
+    """longrope takes other frequencies as soon as it sees one position beyond the original context."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    config = Phi3Config(
+        vocab_size=203, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, original_max_position_embeddings=24, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, rope_parameters=rope | {"original_max_position_embeddings": 24},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Phi3ForCausalLM(config).save_pretrained(str(tmp_path))
+    bench = Bench(hf_model.load(str(tmp_path)))
+    for name in ("short", "long"):
+        bench.add(name, LoraConfig(rank=4, targets=("o_proj", "down_proj")), 1, b_scale=0.05)
+    short = bench.unit("short", random_data(1, (10,), 203))
+    (alone,) = bench.train(short)
+    assert bench.train(short, bench.unit("long", random_data(2, (60,), 203)))[0] == alone
+
+
 @pytest.mark.parametrize("pack_tokens", [1, 60, 150])
 def test_bits_do_not_depend_on_packs(model: hf_model.LoadedModel, pack_tokens: int) -> None:
     assert run(model, tuple(TENANTS), 1, pack_tokens) == run(model, tuple(TENANTS), 1)

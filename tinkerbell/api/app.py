@@ -55,7 +55,7 @@ def create_app(
         finally:
             await context.stop()
 
-    app = Litestar(
+    return Litestar(
         route_handlers=[
             health.router,
             documentation.assets(),
@@ -81,5 +81,3 @@ def create_app(
         state=State({"context": context}),
         logging_config=None,
     )
-    documentation.complete(app.openapi_schema)
-    return app

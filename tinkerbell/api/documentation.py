@@ -1,11 +1,13 @@
 """The OpenAPI document at /schema and a page to read it, with every file served from here."""
 
+from typing import Any
+
 import openapi_ui_bundles.swagger_ui
-from litestar import Router
+from litestar import Request, Router
 from litestar.datastructures import ResponseHeader
 from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin, SwaggerRenderPlugin
-from litestar.openapi.spec import Components, OpenAPI, OpenAPIType, Parameter, Schema, SecurityScheme, Tag
+from litestar.openapi.spec import Components, SecurityScheme, Tag
 from litestar.static_files import create_static_files_router
 
 import tinkerbell
@@ -43,6 +45,31 @@ _POLICY = (
 )
 
 
+def complete(document: dict[str, Any]) -> dict[str, Any]:
+    """The framework's document with the exact schemas of the wire types, and no parameter that may be null.
+
+    Changes `document`; doing it again changes nothing.
+    """
+    document["components"]["schemas"].update(wire_schemas())
+    for item in document["paths"].values():
+        for operation in item.values():
+            for parameter in operation.get("parameters", ()):
+                for choice in parameter["schema"].pop("oneOf", ()):
+                    if choice != {"type": "null"}:
+                        parameter["schema"].update(choice)
+    return document
+
+
+class _Page(SwaggerRenderPlugin):
+    def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
+        return super().render(request, complete(openapi_schema))
+
+
+class _Json(JsonRenderPlugin):
+    def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
+        return super().render(request, complete(openapi_schema))
+
+
 def config() -> OpenAPIConfig:
     """OpenAPI 3.1 at /schema/openapi.json, the page at /schema."""
     return OpenAPIConfig(
@@ -59,14 +86,14 @@ def config() -> OpenAPIConfig:
         ),
         security=[{"bearer": []}, {"header": []}],
         render_plugins=[
-            SwaggerRenderPlugin(
+            _Page(
                 path="/",
                 js_url=f"{ASSETS}/swagger-ui-bundle.js",
                 css_url=f"{ASSETS}/swagger-ui.css",
                 standalone_preset_js_url=f"{ASSETS}/swagger-ui-standalone-preset.js",
                 favicon='<link rel="icon" href="data:,">',
             ),
-            JsonRenderPlugin(),
+            _Json(),
         ],
         openapi_router=Router(
             path="/schema",
@@ -76,25 +103,6 @@ def config() -> OpenAPIConfig:
             response_headers=[ResponseHeader(name="Content-Security-Policy", value=_POLICY)],
         ),
     )
-
-
-def complete(document: OpenAPI) -> None:
-    """Put the exact schemas of the wire types in the place of the framework's, and say that no parameter is
-    null."""
-    assert document.components.schemas is not None
-    for name, schema in wire_schemas().items():
-        document.components.schemas[name] = schema  # type: ignore[assignment]  # written out as it is
-    for item in (document.paths or {}).values():
-        for operation in (item.get, item.put, item.post, item.delete, item.patch):
-            for parameter in (operation.parameters or []) if operation is not None else []:
-                if isinstance(parameter, Parameter) and isinstance(parameter.schema, Schema):
-                    _without_null(parameter.schema)
-
-
-def _without_null(schema: Schema) -> None:
-    for choice in schema.one_of or ():
-        if isinstance(choice, Schema) and choice.type != OpenAPIType.NULL:
-            schema.type, schema.one_of = choice.type, None
 
 
 def assets() -> Router:

@@ -3,6 +3,7 @@ docstring."""
 
 import ast
 import inspect
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ from tinkerbell import types, wire
 _REF = "#/components/schemas/{name}"
 
 
+@cache
 def wire_schemas() -> dict[str, dict[str, Any]]:
     """Name -> JSON Schema of every type of `/v1`, and of what those consist of."""
     classes = [cls for module in (types, wire) for cls in vars(module).values() if _is_struct(cls)]

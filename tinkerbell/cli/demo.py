@@ -74,7 +74,7 @@ def demo(model: str, executor: str, steps: int | None, threads: int | None, out:
 
             crowd.train(server.url, keys, USERS, tracks, look)
     took_s = time.monotonic() - ready_at
-    verdicts = [judge(track) for track in tracks]
+    verdicts = [judge(track, toy=executor == "fake") for track in tracks]
     database = Path(settings.data_dir) / "tinkerbell.db"
     answers = [bill.ask(database, sql) for sql in (bill.BILL, bill.PASSES)]
     head = f"Trained in {took_s:.0f} s on {executor if executor == 'fake' else model}."

@@ -59,7 +59,7 @@ def top(url: str | None, api_key: str | None, interval_s: float, mine: bool, onc
                 live.update(screen(queue), refresh=True)
 
 
-def looks(look: Callable[[], wire.Queue], interval_s: float, mine: bool, once: bool) -> Iterator[wire.Queue]:
+def looks(look: Callable[[], wire.Queue], interval_s: float, once: bool) -> Iterator[wire.Queue]:
     """One look, or one every `interval_s` until Ctrl-C."""
     try:
         yield look()

@@ -12,6 +12,8 @@ from tinkerbell.demo.track import Track
 BARS = "▁▂▃▄▅▆▇█"
 CURVE = 24
 """Characters of a curve."""
+EVERY = 4
+"""Steps between two lines of a user where there is no terminal."""
 
 
 class Display:
@@ -39,15 +41,11 @@ class Display:
             self._live.update(table(self._tracks), refresh=True)
             return
         for track in self._tracks:
-            steps = len(track.points)
-            if steps - self._told.get(track.user, 0) >= 4 or (
-                steps == track.num_steps and steps not in self._told.values()
-            ):
+            steps, told = len(track.points), self._told.get(track.user, 0)
+            if steps - told >= EVERY or (steps == track.num_steps and steps != told):
                 self._told[track.user] = steps
-                text = (
-                    f"{track.user:<8} step {steps:>3}/{track.num_steps}  {track.measure} {track.points[-1].value:.3f}"
-                )
-                self._console.print(Text(text))
+                now = f"{track.measure} {track.points[-1].value:.3f}"
+                self._console.print(Text(f"{track.user:<8} step {steps:>3}/{track.num_steps}  {now}"))
 
 
 def table(tracks: Sequence[Track]) -> Table:

@@ -74,14 +74,15 @@ class FakeAdapter:
     def optim_step(self, adam: AdamParams) -> float:
         """One AdamW step on the accumulated gradient, which is cleared; returns its L2 norm before clipping.
 
-        Raises NoGradients, or NonFinite where the norm or the new weights are not finite; the adapter is then
-        as it was.
+        Raises NoGradients, or NonFinite where the norm or the new weights are not finite; weights, moments and
+        step count are then as they were, the gradient is dropped.
         """
         if self.gradient is None:
             raise NoGradients("there is no gradient: no forward_backward succeeded since the last optim_step")
-        norm = math.sqrt(math.fsum(g * g for g in self.gradient))
+        gradient, self.gradient = self.gradient, None
+        norm = math.sqrt(math.fsum(g * g for g in gradient))
         if not math.isfinite(norm):
-            raise NonFinite("the accumulated gradient is not finite")
+            raise NonFinite("the accumulated gradient is not finite; it was dropped, the weights are as they were")
         clip = adam.grad_clip_norm
         factor = min(1.0, clip / (norm + 1e-6)) if clip > 0 else 1.0
         weights, exp_avg, exp_avg_sq = self.weights[:], self.exp_avg[:], self.exp_avg_sq[:]
@@ -89,16 +90,15 @@ class FakeAdapter:
         correction1 = 1 - adam.beta1**step
         correction2 = 1 - adam.beta2**step
         decay = 1 - adam.learning_rate * adam.weight_decay
-        for i, g in enumerate(self.gradient):
+        for i, g in enumerate(gradient):
             g *= factor
             exp_avg[i] = m = adam.beta1 * exp_avg[i] + (1 - adam.beta1) * g
             exp_avg_sq[i] = v = adam.beta2 * exp_avg_sq[i] + (1 - adam.beta2) * g * g
             update = (m / correction1) / (math.sqrt(v / correction2) + adam.eps)
             weights[i] = decay * weights[i] - adam.learning_rate * update
         if not all(map(math.isfinite, weights)):
-            raise NonFinite("this step would make weights that are not finite")
+            raise NonFinite("this step would make weights that are not finite; the gradient was dropped")
         self.weights, self.exp_avg, self.exp_avg_sq, self.step = weights, exp_avg, exp_avg_sq, step
-        self.gradient = None
         return norm
 
     def digest(self) -> str:

@@ -32,7 +32,8 @@ class ForwardBackward(msgspec.Struct, frozen=True, kw_only=True, tag="forward_ba
 
 
 class OptimStep(msgspec.Struct, frozen=True, kw_only=True, tag="optim_step"):
-    """Apply the accumulated gradient and clear it. Without one it fails (category user)."""
+    """Apply the accumulated gradient and clear it. Without one it fails (category user). So it does where the gradient
+    or the new weights are not finite: weights, moments and step count stay as they were, the gradient is dropped."""
 
     request: int
     adapter: AdapterId
@@ -96,7 +97,7 @@ class SampleDone(msgspec.Struct, frozen=True, kw_only=True, tag="sample"):
 
 
 class UnitFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
-    """The unit had no effect on its adapter, and the units of other adapters are untouched by it."""
+    """The unit had no effect on its adapter (but see OptimStep), and the units of other adapters are untouched."""
 
     request: int
     category: Category

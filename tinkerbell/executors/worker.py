@@ -106,9 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     # Ctrl-C reaches the whole process group; the parent decides when the executor ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     stream = socket.socket(fileno=arguments.fd)
     stream.set_inheritable(False)  # else a process started by the backend would keep the parent's end waiting
     exit_with_parent(stream)

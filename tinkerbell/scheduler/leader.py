@@ -283,6 +283,8 @@ class Leader:
                 self._pending.finish(request)
                 message = f"the executor died {request.deaths} times while it ran this request"
                 self._fail([request], Reason("server", "poison", message), batch)
+                if request.lane == "control":
+                    self._note(request, ExecutorDied(message))
         await self._revive()
 
     async def _revive(self) -> None:

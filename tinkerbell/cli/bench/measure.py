@@ -1,12 +1,14 @@
-"""Closed loops in threads, and the numbers made of them."""
+"""Closed loops of clients, in threads or in one event loop, and the numbers made of them."""
 
+import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
 Operation = Callable[[], None]
+AsyncOperation = Callable[[], Awaitable[None]]
 
 
 class Rate(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,11 +61,37 @@ def closed_loop(operations: Sequence[Operation], seconds: float, *, warmup_s: fl
         thread.join()
     if failures:
         raise failures[0]
+    return _rate(spans, begin, end)
+
+
+async def closed_loop_async(operations: Sequence[AsyncOperation], seconds: float, *, warmup_s: float = 0.5) -> Rate:
+    """`closed_loop` with coroutines of the running event loop in the place of threads."""
+    spans: list[list[tuple[float, float]]] = [[] for _ in operations]
+    stop = asyncio.Event()
+
+    async def client(index: int, operation: AsyncOperation) -> None:
+        while not stop.is_set():
+            began = time.perf_counter()
+            await operation()
+            spans[index].append((began, time.perf_counter()))
+
+    async with asyncio.TaskGroup() as group:
+        for pair in enumerate(operations):
+            group.create_task(client(*pair))
+        await asyncio.sleep(warmup_s)
+        begin = time.perf_counter()
+        await asyncio.sleep(seconds)
+        end = time.perf_counter()
+        stop.set()
+    return _rate(spans, begin, end)
+
+
+def _rate(spans: Sequence[Sequence[tuple[float, float]]], begin: float, end: float) -> Rate:
     latencies = sorted(done - began for client_spans in spans for began, done in client_spans if begin <= done < end)
     if not latencies:
-        raise TimeoutError(f"no operation ended within {seconds:g} s")
+        raise TimeoutError(f"no operation ended within {end - begin:g} s")
     return Rate(
-        num_clients=len(operations),
+        num_clients=len(spans),
         seconds=end - begin,
         num_operations=len(latencies),
         per_second=len(latencies) / (end - begin),

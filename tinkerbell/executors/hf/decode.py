@@ -2,7 +2,7 @@
 
 A row's bits must not depend on its company. So rows come in tiles of TILE rows of one adapter, padded with idle
 rows, and every GEMM has the shape of whole tiles. GEMMs run over neighbouring tiles at once if that gives each row
-the bits it has in a tile by itself, which is tried out on the model when the server starts; otherwise they run
+the bits it has in a tile by itself, which is tried out on the model before the first sample; otherwise they run
 tile by tile.
 
 Shapes: T rows of a pass (a multiple of TILE), V vocabulary.
@@ -24,8 +24,10 @@ TILE = 4
 MAX_ROWS = 64
 """T of one pass: more rows gain little on a CPU and hold back those that would finish early."""
 
-TRIAL_ROWS = (2 * TILE, 7 * TILE, MAX_ROWS)
+TRIAL_TILES = ((0, 1, 1, 1, 2, 0, 0), (2, 1, 1, 1, 0, 2, 2, 2, 0, 0, 0, 1, 1, 1, 2, 2))
+"""Passes that are compared with single tiles: which of the trial adapters each tile belongs to."""
 TRIAL_RANKS = (5, 16)
+"""Of trial adapters 0 and 1; 2 is the base model."""
 
 log = logging.getLogger(__name__)
 
@@ -44,18 +46,41 @@ class Decoder:
     """Decoding on one runtime."""
 
     def __init__(self, runtime: Runtime) -> None:
-        """Tries out whether tiles can share a GEMM."""
+        """Tries out whether tiles can share a GEMM: five passes of one token."""
         self._runtime = runtime
         self.fused = True
         """Whether a GEMM runs over all tiles it concerns at once."""
-        trial = Row(None, 0, Cache(Prefix(0)))
-        self.step([trial])
-        self.token_bytes = trial.cache.token_bytes()
+        tiles = self._trial_tiles()
+        alone = [self.step(tile) for tile in tiles]
+        self.token_bytes = tiles[0][0].cache.token_bytes()
         """Of the keys and values of one token."""
         if runtime.device.type == "cpu":
-            self.fused = self._tiles_keep_their_bits()
+            self.fused = all(self._same_bits(alone, numbers) for numbers in TRIAL_TILES)
             if not self.fused:
                 log.warning("sampling runs one GEMM for each %d rows: fused ones change bits on this CPU", TILE)
+
+    def _trial_tiles(self) -> list[list[Row]]:
+        """A tile of each trial adapter, its rows being different first tokens of a sequence."""
+        adapters = [*(_trial_adapter(self._runtime, rank) for rank in TRIAL_RANKS), None]
+        vocab_size = self._runtime.head.out_features
+        return [
+            [Row(adapter, (TILE * number + i) % vocab_size, Cache(Prefix(0))) for i in range(TILE)]
+            for number, adapter in enumerate(adapters)
+        ]
+
+    def _same_bits(self, alone: list[list[Tensor]], numbers: Sequence[int]) -> bool:
+        """Whether tiles have in one pass the logits they have alone, wherever they and their rows stand."""
+        tiles = self._trial_tiles()
+        rows: list[Row] = []
+        expected: list[Tensor] = []
+        for place, number in enumerate(numbers):
+            for i in range(TILE):
+                turned = (i + place) % TILE
+                row = tiles[number][turned]
+                rows.append(Row(row.adapter, row.token, Cache(Prefix(0))))
+                expected.append(alone[number][turned])
+        found = self.step(rows)
+        return all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
     @torch.no_grad()
     def step(self, rows: Sequence[Row]) -> list[Tensor]:
@@ -96,24 +121,6 @@ class Decoder:
                 begin = ranges.pop().start
             ranges.append(RowRange(begin, start + TILE, first.adapter))
         return ranges
-
-    def _tiles_keep_their_bits(self) -> bool:
-        """Whether rows have the same logits in a tile by itself and among other tiles, on this machine."""
-        adapters = [_trial_adapter(self._runtime, rank) for rank in TRIAL_RANKS]
-
-        def row(number: int) -> Row:
-            adapter = (*adapters, None)[number // TILE]
-            return Row(adapter, number % self._runtime.head.out_features, Cache(Prefix(0)))
-
-        alone: list[Tensor] = []
-        for start in range(0, 3 * TILE, TILE):
-            alone += self.step([row(start + i) for i in range(TILE)])
-        for count in TRIAL_ROWS:
-            numbers = [(3 * i + 1) % (3 * TILE) if i < TILE else i % (3 * TILE) for i in range(count)]
-            found = self.step([row(number) for number in numbers])
-            if not all(torch.equal(alone[number], logits) for number, logits in zip(numbers, found, strict=True)):
-                return False
-        return True
 
 
 def _passes(rows: Sequence[Row]) -> list[list[list[int | None]]]:

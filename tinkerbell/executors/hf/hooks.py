@@ -95,8 +95,8 @@ class SplitRows(nn.Module):
 
 
 class SplitRotary(nn.Module):
-    """Rotary tables, computed for each micro-batch by itself, for the same reason as SplitRows and because
-    length-dependent variants look at the largest position."""
+    """Rotary tables, computed for each micro-batch by itself: length-dependent variants (longrope) choose their
+    frequencies by the largest position they are shown."""
 
     def __init__(self, base: nn.Module, runtime: Runtime) -> None:
         super().__init__()

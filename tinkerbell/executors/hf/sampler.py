@@ -8,6 +8,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -127,8 +128,12 @@ class Sampler:
         self._adapters = adapters
         self._max_rows = max_rows
         self._cache_bytes = cache_bytes
-        self._decoder = Decoder(runtime)
         self._tokenizer: Any = None
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        """Made for the first sample: what only trains need not wait for it."""
+        return Decoder(self._runtime)
 
     def sample(self, units: Sequence[Sample]) -> list[SampleDone | UnitFailed]:
         """Answers in the order of `units`. A failed unit leaves the others untouched."""

@@ -1,0 +1,266 @@
+"""The client against a real server process with the fake executor: every verb, and a server that is killed."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.server import fake_server
+from tinkerbell.cli.keys import create_key
+from tinkerbell.config import Settings
+from tinkerbell.demo.byte_tokenizer import ByteTokenizer
+from tinkerbell.sdk import (
+    AsyncClient,
+    Client,
+    InvalidRequest,
+    NotFound,
+    RequestFailed,
+    RetryPolicy,
+    TooManyRequests,
+    Unauthorized,
+    from_text,
+    policy,
+    supervised,
+)
+
+DATA = [supervised([1, 2, 3, 4]), supervised([5, 6, 7], prompt_length=2)]
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with fake_server(tmp_path_factory.mktemp("sdk") / "data") as server:
+        yield server.url
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[Client]:
+    with Client(url) as client:
+        yield client
+
+
+def test_train_sample_save_load_remove(client: Client, tmp_path: Path) -> None:
+    adapter = client.add_lora(rank=4, alpha=8, targets=["q_proj", "v_proj"], seed=3, name="mine")
+    losses = []
+    for step in range(1, 6):
+        gradients = adapter.forward_backward(DATA)
+        update = adapter.optim_step(learning_rate=0.05)
+        losses.append(gradients.result().loss)
+        assert update.result().step == step
+    assert losses[-1] < losses[0]
+    assert [len(logprobs) for logprobs in gradients.result().logprobs] == [3, 2]
+
+    saved = adapter.save("five").result()
+    before = adapter.forward(DATA).result()
+    sampled = adapter.sample([1, 2], max_tokens=5, num_samples=2, seed=1, stop_tokens=[], prompt_logprobs=True).result()
+    assert [len(sequence.tokens) for sequence in sampled.sequences] == [5, 5]
+    assert sampled.step == 5
+    assert sampled.prompt_logprobs is not None
+    assert len(sampled.prompt_logprobs) == 1
+
+    adapter.forward_backward(DATA)
+    adapter.optim_step(learning_rate=0.5)
+    assert adapter.load(saved).result().step == 5
+    assert adapter.forward(DATA).result() == before
+
+    copy = client.add_lora(checkpoint=saved)
+    assert copy.forward(DATA).result() == before
+    (listed,) = adapter.checkpoints()
+    assert (listed.id, listed.name, listed.step) == (saved.checkpoint_id, "five", 5)
+    files = {file.name for file in client.download_checkpoint(listed, tmp_path / "out").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors"}
+    files = {file.name for file in client.download_checkpoint(listed, tmp_path / "full", with_optimizer=True).iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"}
+
+    assert adapter.info().name == "mine"
+    assert [point.step for point in adapter.run().points][:5] == [1, 2, 3, 4, 5]
+    adapter.remove().result()
+    with pytest.raises(NotFound):
+        adapter.optim_step()
+
+
+def test_reward_raises_what_is_rewarded(client: Client) -> None:
+    adapter = client.add_lora(rank=8, seed=0)
+    prompt, wanted = [1], 7
+    start = adapter.forward([supervised([1, wanted])]).result().logprobs[0][0]
+    for step in range(10):
+        samples = adapter.sample(prompt, max_tokens=1, num_samples=64, stop_tokens=[], seed=step).result().sequences
+        batch = [
+            policy(prompt, sample.tokens, sample.logprobs, 1.0 if sample.tokens == [wanted] else -0.02)
+            for sample in samples
+        ]
+        adapter.forward_backward(batch, loss="importance_sampling")
+        adapter.forward_backward([supervised([1, wanted])])
+        adapter.optim_step(learning_rate=0.05)
+    assert adapter.forward([supervised([1, wanted])]).result().logprobs[0][0] > start + 0.5
+
+
+def test_a_failure_is_the_future_s_and_the_adapter_lives_on(client: Client) -> None:
+    adapter = client.add_lora(rank=2)
+    step = adapter.optim_step()
+    gradients = adapter.forward_backward(DATA)
+    with pytest.raises(RequestFailed) as caught:
+        step.result()
+    assert (caught.value.code, caught.value.category) == ("no-gradients", "user")
+    assert gradients.result().num_tokens == 5
+    again = client.future(step.id)
+    with pytest.raises(RequestFailed):
+        again.result()
+
+
+def test_what_is_wrong_is_told_by_its_class(client: Client) -> None:
+    adapter = client.add_lora(rank=2)
+    with pytest.raises(InvalidRequest, match="no_such_loss"):
+        adapter.forward_backward(DATA, loss="no_such_loss")
+    with pytest.raises(NotFound):
+        client.adapter("ad_" + "a" * 20)
+    with pytest.raises(NotFound):
+        client.future(10**9)
+    with pytest.raises(NotFound, match="no tokenizer"):
+        client.tokenizer()
+
+
+def test_lists_and_bills(client: Client) -> None:
+    adapter = client.add_lora(rank=2, wait=False)
+    client.gather(adapter.forward_backward(DATA), adapter.sample([1], max_tokens=2), client.sample([1], max_tokens=2))
+    assert adapter.id in {each.id for each in client.adapters()}
+    assert adapter.id in {run.adapter.id for run in client.runs()}
+    kinds = {row.kind: row.num_requests for row in client.usage() if row.adapter_id == adapter.id}
+    assert kinds == {"add_lora": 1, "forward_backward": 1, "sample": 1}
+    assert client.queue().position > 0
+    assert client.models()[0].name == "fake"
+
+
+def test_events_from_the_first_on(client: Client) -> None:
+    adapter = client.add_lora(rank=2)
+    gradients = adapter.forward_backward(DATA)
+    gradients.result()
+    events = client.events(after=0)
+    mine = [next(event for event in events if event.adapter_id == adapter.id) for _ in range(4)]
+    events.close()
+    assert [event.type for event in mine] == [
+        "add_lora.requested", "add_lora.completed", "forward_backward.requested", "forward_backward.completed",
+    ]  # fmt: skip
+    assert mine[3].causation == gradients.id
+
+
+def test_async_pipelines_many_adapters(url: str) -> None:
+    async def run(client: AsyncClient, seed: int) -> list[int]:
+        adapter = await client.add_lora(rank=2, seed=seed)
+        updates = []
+        for _ in range(5):
+            await adapter.forward_backward(DATA)
+            updates.append(await adapter.optim_step(learning_rate=0.01))
+        return [update.step for update in await client.gather(*updates)]
+
+    async def main() -> list[list[int]]:
+        async with AsyncClient(url) as client:
+            return list(await asyncio.gather(*(run(client, seed) for seed in range(6))))
+
+    assert asyncio.run(main()) == [[1, 2, 3, 4, 5]] * 6
+
+
+def test_a_full_queue_is_ridden_out(tmp_path: Path) -> None:
+    options = {"TINKERBELL_LIMITS_MAX_PENDING_REQUESTS": "4"}
+    with fake_server(tmp_path / "data", latency_us=20_000, environment=options) as server:
+        with Client(server.url, retry=RetryPolicy(give_up_after_s=0.0)) as impatient:
+            adapter = impatient.add_lora(rank=2)
+            with pytest.raises(TooManyRequests):
+                for _ in range(40):
+                    adapter.forward_backward(DATA)
+        with Client(server.url) as patient:
+            futures = [patient.adapter(adapter.id).forward_backward(DATA) for _ in range(8)]
+            assert len({future.id for future in futures}) == 8
+            patient.gather(*futures, timeout=60)
+
+
+def test_a_loop_rides_over_a_killed_server_and_nothing_is_done_twice(tmp_path: Path) -> None:
+    """SIGKILL in the middle of a training loop, twice; the script knows nothing of it."""
+    steps: list[int] = []
+    positions: list[int] = []
+    port = _free_port()
+
+    def script() -> None:
+        retry = RetryPolicy(give_up_after_s=60.0, longest_delay_s=0.2)
+        with Client(f"http://127.0.0.1:{port}", retry=retry) as client:
+            adapter = client.add_lora(rank=2, seed=1)
+            adapters.append(adapter.id)
+            for _ in range(30):
+                gradients = adapter.forward_backward(DATA)
+                update = adapter.optim_step(learning_rate=0.01)
+                positions.extend((gradients.id, update.id))
+                steps.append(update.result().step)
+
+    def watch() -> None:
+        with Client(f"http://127.0.0.1:{port}", retry=RetryPolicy(give_up_after_s=60.0, longest_delay_s=0.2)) as client:
+            for event in client.events(after=0):
+                seen.append(event.position)
+                if event.type == "optim_step.completed" and event.data["step"] == 30:
+                    return
+
+    adapters: list[str] = []
+    seen: list[int] = []
+    threads = [threading.Thread(target=target, daemon=True) for target in (script, watch)]
+    for kill_at in (8, 16, None):
+        server = fake_server(tmp_path / "data", "--port", str(port), latency_us=5_000)
+        with server:
+            for thread in threads:
+                if not thread.is_alive() and kill_at == 8:
+                    thread.start()
+            if kill_at is None:
+                for thread in threads:
+                    thread.join(60)
+                assert not any(thread.is_alive() for thread in threads)
+                with Client(server.url) as client:
+                    run = client.adapter(adapters[0]).run()
+            else:
+                while len(steps) < kill_at:
+                    assert threads[0].is_alive()
+                    threads[0].join(0.01)
+                server.kill()
+    assert steps == list(range(1, 31))
+    assert len(set(positions)) == 60
+    assert (run.num_requests, run.num_failed, len(run.points)) == (61, 0, 30)
+    assert seen == sorted(set(seen))
+    assert len(seen) == 2 * 61, "every request and every result, once"
+
+
+def test_keys_open_their_own_tenant_only(tmp_path: Path) -> None:
+    settings = Settings(data_dir=str(tmp_path / "data"))
+    keys = [create_key(settings, tenant) for tenant in ("one", "other")]
+    with fake_server(tmp_path / "data") as server:
+        mine, theirs = (Client(server.url, key) for key in keys)
+        with mine, theirs, Client(server.url) as nobody:
+            adapter = mine.add_lora(rank=2)
+            assert theirs.adapters() == []
+            with pytest.raises(NotFound):
+                theirs.adapter(adapter.id)
+            with pytest.raises(Unauthorized):
+                nobody.adapters()
+
+
+def test_text_prompts_need_a_tokenizer(client: Client) -> None:
+    with pytest.raises(NotFound, match="token ids"):
+        client.sample("Hello")
+
+
+def test_bodies_are_what_the_server_takes(client: Client) -> None:
+    """Helpers and server agree on names and lengths: a datum of every helper is accepted as it is."""
+    adapter = client.add_lora(rank=2)
+    text = from_text(ByteTokenizer(), "ab", "c")
+    on_policy = policy([1, 2], [3], [-1.0], 0.5)
+    futures = [
+        adapter.forward([text]),
+        adapter.forward([on_policy], loss="importance_sampling"),
+        adapter.forward([on_policy], loss="ppo", config={"clip_low_threshold": 0.9, "clip_high_threshold": 1.1}),
+    ]
+    assert [result.num_tokens for result in client.gather(*futures)] == [3, 2, 2]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,84 @@
+"""The stored bytes of every kind of event: what was written once must be read for ever.
+
+`events.json` has an entry for each version of each type. A changed entry means that logs out there cannot be read
+any more: keep the old entry, raise the version in codec.VERSION_OF, add an upcaster, and add the new bytes with
+`python -m tests.golden.test_events_golden`.
+"""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.support import log
+from tinkerbell.events import codec
+from tinkerbell.events.chain import GENESIS, HASHED, link
+
+GOLDEN = Path(__file__).parent / "events.json"
+
+
+def encoded() -> list[dict[str, Any]]:
+    """The examples as they are stored today. The body is before compression: zstd may give other bytes any day."""
+    entries = []
+    for type_, (event, body) in sorted(log.examples().items()):
+        raw = msgspec.msgpack.Encoder(order="deterministic").encode(body) if body is not None else None
+        entries.append(
+            {
+                "type": type_,
+                "schema_version": codec.VERSION_OF.get(type_, 1),
+                "data": codec.encode_event(event),
+                "body": base64.b64encode(raw).decode() if raw is not None else None,
+            }
+        )
+    return entries
+
+
+def golden() -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = msgspec.json.decode(GOLDEN.read_bytes())
+    return entries
+
+
+def test_every_type_has_an_example_and_golden_bytes() -> None:
+    assert set(log.examples()) == log.every_type()
+    assert {entry["type"] for entry in golden()} == log.every_type()
+
+
+def test_todays_encoding_is_the_golden_one() -> None:
+    kept = {(entry["type"], entry["schema_version"]): entry for entry in golden()}
+    for entry in encoded():
+        assert kept[entry["type"], entry["schema_version"]] == entry
+
+
+@pytest.mark.parametrize("entry", golden(), ids=lambda entry: f"{entry['type']}-{entry['schema_version']}")
+def test_golden_bytes_are_read(entry: dict[str, Any]) -> None:
+    event, body = log.examples()[entry["type"]]
+    decoded = codec.decode_event(entry["type"], entry["schema_version"], entry["data"])
+    assert decoded == event and type(decoded) is type(event)
+    if entry["body"] is not None:
+        assert codec.decode_body(entry["type"], "msgpack", base64.b64decode(entry["body"])) == body
+    else:
+        assert body is None
+
+
+def test_a_body_compressed_long_ago_is_read() -> None:
+    stored = base64.b64decode("KLUv/SBODQEAuJGRk8QUAQAAAAIAxBQAgad3ZWlnaHRzAwBCKQckQwZe")
+    raw = msgspec.msgpack.encode([[[b"\1\0\0\0\2\0\0\0" + bytes(12), b"\0" * 20, {"weights": b"\0" * 20}]]])
+    body = codec.decode_body("forward_backward.requested", "zstd", stored)
+    assert body == codec.decode_body("forward_backward.requested", "msgpack", raw)
+
+
+def test_the_chain_is_the_one_of_the_first_release() -> None:
+    row: dict[str, Any] = dict.fromkeys(HASHED)
+    row |= {"position": 1, "stream": "adapter/ad_one", "stream_version": 0, "type": "optim_step.requested"}
+    row |= {"schema_version": 1, "tenant": "alice", "data": "{}", "num_blobs": 1, "created_us": 1_700_000_000_000_000}
+    digest = link(GENESIS, row, {"weights": b"\2" * 32})
+    assert digest.hex() == "3ba54cc0f582ea8767b2d4ada2ec575ca36344ae85c07ec44b5d2c260d096e04"
+
+
+if __name__ == "__main__":
+    old = golden()
+    known = {(entry["type"], entry["schema_version"]) for entry in old}
+    new = [entry for entry in encoded() if (entry["type"], entry["schema_version"]) not in known]
+    GOLDEN.write_bytes(msgspec.json.format(msgspec.json.encode(old + new), indent=1) + b"\n")
