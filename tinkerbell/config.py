@@ -58,7 +58,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def url(self) -> str:
         """The database's SQLAlchemy URL."""
-        return normalise_url(self.database_url) if self.database_url else f"sqlite:///{Path(self.data_dir) / 'tinkerbell.db'}"
+        return (
+            normalise_url(self.database_url)
+            if self.database_url
+            else f"sqlite:///{Path(self.data_dir) / 'tinkerbell.db'}"
+        )
 
     @property
     def blob_dir(self) -> Path:

@@ -43,9 +43,9 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     rank: Annotated[int, Meta(ge=1, le=1024)] = 16
     alpha: Annotated[float, Meta(gt=0, le=1e6)] = 32.0
     """Numerator of the scale alpha / rank."""
-    targets: Annotated[tuple[Annotated[str, Meta(min_length=1, max_length=64)], ...], Meta(min_length=1, max_length=32)] = (
-        "all-linear",
-    )
+    targets: Annotated[
+        tuple[Annotated[str, Meta(min_length=1, max_length=64)], ...], Meta(min_length=1, max_length=32)
+    ] = ("all-linear",)
     """Presets of TARGET_PRESETS or last parts of module names."""
 
 

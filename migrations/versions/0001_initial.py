@@ -13,7 +13,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
 )
-from sqlalchemy import Column as C
+from sqlalchemy import Column as C  # noqa: N817 - there are 130 of them
 
 revision = "0001"
 down_revision = None

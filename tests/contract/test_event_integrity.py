@@ -20,7 +20,10 @@ from tinkerbell.events.store import EventStore
 @contextmanager
 def as_owner(settings: Settings) -> Iterator[sa.Connection]:
     """A connection of somebody who may do anything: triggers and foreign keys are out of the way."""
-    text = {"json_serializer": str, "json_deserializer": lambda value: value if isinstance(value, str) else value.decode()}
+    text = {
+        "json_serializer": str,
+        "json_deserializer": lambda value: value if isinstance(value, str) else value.decode(),
+    }
     engine = sa.create_engine(settings.url, poolclass=sa.NullPool, **text)
     with engine.begin() as connection:
         if connection.dialect.name == "postgresql":
@@ -95,9 +98,7 @@ def test_a_change_of_any_column_of_any_event_is_detected(sqlite_store: EventStor
 
 
 @pytest.mark.parametrize("column", ["data", "created_us", "idempotency_key", "body", "seq", "actor", "hash"])
-def test_a_change_is_detected_on_both_databases(
-    store: EventStore, database_settings: Settings, column: str
-) -> None:
+def test_a_change_is_detected_on_both_databases(store: EventStore, database_settings: Settings, column: str) -> None:
     events = live(store)
     position = next(item.position for item in events if isinstance(item.event, kinds.ForwardBackwardRequested))
     with as_owner(database_settings) as connection:

@@ -135,9 +135,7 @@ def test_run_points(store: EventStore) -> None:
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_views_have_the_columns_that_are_documented(
-    store: EventStore, database_settings: Settings, view: str
-) -> None:
+def test_views_have_the_columns_that_are_documented(store: EventStore, database_settings: Settings, view: str) -> None:
     live(store)
     engine = make_engine(database_settings.url, role="reader")
     with engine.connect() as connection:
@@ -157,19 +155,25 @@ def test_the_bill_and_the_stuck_in_plain_sql(store: EventStore, database_setting
         with engine.connect() as connection:
             return [tuple(row) for row in connection.execute(sa.text(sql))]
 
-    bill = ask("SELECT tenant, num_requests, tokens_in, tokens_out, accelerator_s, share FROM audit_costs ORDER BY tenant")
+    bill = ask(
+        "SELECT tenant, num_requests, tokens_in, tokens_out, accelerator_s, share FROM audit_costs ORDER BY tenant"
+    )
     assert bill == [
         ("alice", 5, 5, 2, pytest.approx(0.0006), pytest.approx(2 / 3)),
         ("bob", 5, 2, 2, pytest.approx(0.0003), pytest.approx(1 / 3)),
     ]
-    steps = ask("SELECT adapter, seq, step, learning_rate, grad_norm, state_digest, batch, cost_us FROM audit_optim_steps")
+    steps = ask(
+        "SELECT adapter, seq, step, learning_rate, grad_norm, state_digest, batch, cost_us FROM audit_optim_steps"
+    )
     assert steps == [("ad_one", 2, 1, 0.001, 0.5, "d1", None, 0)]
     assert ask("SELECT kind, adapter, seq, waits_for FROM audit_stuck") == [("forward_backward", "ad_one", 4, 0)]
     assert ask("SELECT id, state, busy_us, num_requests FROM audit_batches ORDER BY id") == [
         ("1.1", "ran", 900, 2),
         ("1.2", "lost", None, 0),
     ]
-    assert ask("SELECT sum(accelerator_s) FROM audit_usage WHERE kind = 'forward_backward'") == [(pytest.approx(0.0009),)]
+    assert ask("SELECT sum(accelerator_s) FROM audit_usage WHERE kind = 'forward_backward'") == [
+        (pytest.approx(0.0009),)
+    ]
     assert ask("SELECT count(*) FROM audit_events WHERE actor = 'k_test'")[0][0] == 11
     engine.dispose()
 

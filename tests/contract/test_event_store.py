@@ -356,7 +356,9 @@ def test_what_the_databases_cannot_hold_is_refused_alike(store: EventStore) -> N
         store.append(log.request(log.forward_backward().event, body=None))
     with pytest.raises(TypeError):
         store.append(log.request(kinds.OptimStepRequested(adam=log.AdamParams()), body=body))
-    odd = log.request(kinds.SaveRequested(checkpoint="ck_\u4e16\u754c \U0001f600 ' \" \\ %s :x"), key="\u00e9 \U0001f600")
+    odd = log.request(
+        kinds.SaveRequested(checkpoint="ck_\u4e16\u754c \U0001f600 ' \" \\ %s :x"), key="\u00e9 \U0001f600"
+    )
     assert store.read(one(store, odd).position - 1)[0].event == odd.event
     store.check()
 

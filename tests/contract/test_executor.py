@@ -447,10 +447,10 @@ def test_a_loaded_adapter_continues_bit_for_bit(driver: Driver) -> None:
     assert driver.executor.snapshot(copy) == state
     for step in range(2):
         data = random_data(50 + step, (8, 3))
-        answers = []
-        for name in (original, copy):
-            answers.append(driver.done(driver.forward_backward(name, data), driver.optim_step(name)))
-        assert list(map(nameless, answers[0])) == list(map(nameless, answers[1]))
+        first, second = (
+            driver.done(driver.forward_backward(name, data), driver.optim_step(name)) for name in (original, copy)
+        )
+        assert list(map(nameless, first)) == list(map(nameless, second))
     assert driver.digest(original) == driver.digest(copy)
 
 

@@ -62,7 +62,16 @@ def prompts(tokenizer: Any) -> dict[str | None, list[int]]:
 
 
 @pytest.fixture(scope="module")
-def reference(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def one_thread() -> Iterator[None]:
+    """For the reference: its threads would spin against those of the executor."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def reference(one_thread: None, driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The base model in fp32 with every adapter loaded by PEFT from the executor's own files."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -135,16 +144,24 @@ def test_greedy_tokens_are_those_of_generate(
 
 
 def test_logprobs_are_those_of_a_full_forward(
-    exact_reference: Any, greedy: dict[str | None, SampleDone], prompts: dict[str | None, list[int]]
+    reference: Any,
+    exact_reference: Any,
+    greedy: dict[str | None, SampleDone],
+    prompts: dict[str | None, list[int]],
 ) -> None:
-    """Prompt and sample, each adapter, against fp64: within 1e-5 nats."""
+    """Prompt and sample, each adapter: 1e-5 nats in the mean square, against fp32 and against fp64.
+
+    Single tokens of transformers' own fp32 logprobs are up to 2.6e-5 away from fp64 on this model, so the worst
+    token gets twice that. That nothing but rounding differs is shown in fp64 in test_sampling_reference.py.
+    """
     for name, answer in greedy.items():
         assert answer.prompt_logprobs is not None
-        found = read_floats(answer.prompt_logprobs) + read_floats(answer.sequences[0].logprobs)
+        found = np.array(read_floats(answer.prompt_logprobs) + read_floats(answer.sequences[0].logprobs))
         tokens = prompts[name] + read_ints(answer.sequences[0].tokens)
-        expected = forward_logprobs(exact_reference, name, tokens)
-        worst = max(abs(a - b) for a, b in zip(found, expected, strict=True))
-        assert worst < 1e-5, f"adapter {name}: {worst}"
+        for model in (reference, exact_reference):
+            difference = np.abs(found - np.array(forward_logprobs(model, name, tokens)))
+            assert np.sqrt(np.mean(difference**2)) < 1e-5, f"adapter {name}"
+            assert difference.max() < 5e-5, f"adapter {name}"
 
 
 def test_prompt_logprobs_are_the_trainers(
@@ -165,7 +182,7 @@ def test_bits_alone_and_in_company(driver: Driver, prompts: dict[str | None, lis
     for number, (name, prompt) in enumerate([*prompts.items(), *prompts.items()]):
         params = {"temperature": 0.8 + 0.1 * number, "top_p": 0.95 if number % 2 else 1.0}
         count = 3 if number == 5 else 1
-        units.append(driver.sample(name, prompt, seed=number, max_tokens=4 + 3 * number, num_samples=count, **params))
+        units.append(driver.sample(name, prompt, seed=number, max_tokens=3 + 2 * number, num_samples=count, **params))
     together = driver.done(*units)
     for unit, answer in zip(units, together, strict=True):
         (alone,) = driver.done(unit)

@@ -11,7 +11,14 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from tests.support import log
 from tinkerbell.cli.bench.postgres import ScratchPostgres
@@ -196,7 +203,7 @@ class StoreMachine(RuleBasedStateMachine):
         (recorded,) = self.store.append(log.sample_completed(asked))
         self.accept(recorded)
 
-    # ---- leases, groups, restarts --------------------------------------------------------------------------------------
+    # ---- leases, groups, restarts ------------------------------------------------------------------------------------
 
     @rule()
     def take_lease(self) -> None:
@@ -219,7 +226,9 @@ class StoreMachine(RuleBasedStateMachine):
     def many_at_once(self, pattern: list[bool]) -> None:
         """Submits of two events each, some of which are refused for their second."""
         futures = [
-            self.store.submit(log.sample(None, "bob"), log.sample(None, "bob") if good else log.sample("ad_none", "bob"))
+            self.store.submit(
+                log.sample(None, "bob"), log.sample(None, "bob") if good else log.sample("ad_none", "bob")
+            )
             for good in pattern
         ]
         for good, future in zip(pattern, futures, strict=True):

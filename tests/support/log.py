@@ -102,7 +102,9 @@ def system(event: AnyEvent, fence: tuple[str, int] | None = None) -> NewEvent:
     return NewEvent(event=event, tenant=SYSTEM_TENANT, stream="system/scheduler", actor="here", fence=fence)
 
 
-def add_lora(adapter: str = "ad_one", tenant: str = "alice", *, key: str | None = None, name: str | None = None) -> NewEvent:
+def add_lora(
+    adapter: str = "ad_one", tenant: str = "alice", *, key: str | None = None, name: str | None = None
+) -> NewEvent:
     """add_lora.requested"""
     event = kinds.AddLoraRequested(base_model="fake", lora=LoraConfig(rank=4), seed=7, name=name)
     return request(event, adapter, tenant, key=key)
@@ -129,7 +131,9 @@ def forward_backward(
     return request(event, adapter, tenant, body=body, key=key, expected_seq=expected_seq)
 
 
-def forward_backward_completed(of: Recorded, *, loss: float = 6.0, cost_us: int = 0, batch: str | None = None) -> NewEvent:
+def forward_backward_completed(
+    of: Recorded, *, loss: float = 6.0, cost_us: int = 0, batch: str | None = None
+) -> NewEvent:
     """forward_backward.completed"""
     assert isinstance(of.event, kinds.ForwardBackwardRequested)
     event = kinds.ForwardBackwardCompleted(
@@ -271,9 +275,7 @@ def examples() -> dict[str, tuple[AnyEvent, Body | None]]:
         (kinds.KeyCreated(key_id="k_one", key_hash="12" * 32, admin=True, note="laptop"), None),
         (kinds.KeyRevoked(key_id="k_one"), None),
         (
-            kinds.TenantConfigured(
-                weight=2.5, max_pending_requests=10, max_pending_tokens=2000, max_adapters=3
-            ),
+            kinds.TenantConfigured(weight=2.5, max_pending_requests=10, max_pending_tokens=2000, max_adapters=3),
             None,
         ),
     ]

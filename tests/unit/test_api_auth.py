@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from tests.support.api_driver import ApiDriver, create_key, problem, record_environment, revoke_key
-from tinkerbell.api import auth
+from tinkerbell.api import auth, views
 from tinkerbell.api.app import create_app
 from tinkerbell.config import Settings
 from tinkerbell.errors import InvalidRequest
@@ -134,8 +134,6 @@ def test_the_hash_of_a_key_never_leaves(api: ApiDriver) -> None:
     api.key("alice")
     (created,) = api.store.read(tenant="alice", types=["key.created"])
     assert isinstance(created.event, kinds.KeyCreated)
-    from tinkerbell.api import views
-
     view = views.log_event(created)
     assert created.event.key_hash not in msgspec.json.encode(view).decode()
     assert view.data["key_id"] == created.event.key_id

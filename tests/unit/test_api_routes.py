@@ -324,7 +324,7 @@ def test_limits_of_adapters_and_tokens(settings: Settings, store: EventStore) ->
         api.submit(f"/v1/adapters/{adapter}/forward", json={"data": [datum(3)]})
         problem(api.post(f"/v1/adapters/{adapter}/forward", json={"data": [datum(3)]}), 429, "too-many-requests")
         problem(api.post(f"/v1/adapters/{adapter}/forward", json={"data": [datum(6)]}), 413, "too-large")
-        answer(store, api.call("DELETE", f"/v1/adapters/{adapter}").json()["id"] - 1)
+        assert api.call("DELETE", f"/v1/adapters/{adapter}").status_code == 202
 
 
 def test_the_log_stays_whole(api: ApiDriver) -> None:

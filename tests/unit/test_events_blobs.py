@@ -66,7 +66,7 @@ def test_the_file_is_durable_before_its_name_and_the_name_before_the_return(
     fsync, replace = os.fsync, Path.replace
 
     def note_sync(descriptor: int) -> None:
-        steps.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        steps.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
         fsync(descriptor)
 
     def note_replace(self: Path, target: Path) -> Path:

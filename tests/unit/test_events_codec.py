@@ -12,7 +12,7 @@ from tests.support import log
 from tinkerbell.errors import Corrupt, InvalidRequest
 from tinkerbell.events import codec, kinds
 from tinkerbell.events.chain import GENESIS, HASHED, link
-from tinkerbell.types import AdamParams
+from tinkerbell.types import AdamParams, LoraConfig
 
 
 def test_json_is_canonical() -> None:
@@ -49,11 +49,16 @@ def test_numbers_json_does_not_have_are_refused(value: float) -> None:
             codec.encode_event(event)
 
 
+def test_lists_in_the_place_of_tuples_are_fine() -> None:
+    event = kinds.AddLoraRequested(base_model="m", lora=LoraConfig(targets=["mlp"]), seed=1)  # type: ignore[arg-type]
+    assert codec.encode_event(event) == codec.encode_event(
+        msgspec.json.decode(msgspec.json.encode(event), type=type(event))
+    )
+
+
 def test_a_null_that_is_meant_is_no_number() -> None:
     event = kinds.SaveRequested(checkpoint="null", name=None)
     assert codec.decode_event("save.requested", 1, codec.encode_event(event)) == event
-
-
 
 
 def test_old_versions_are_brought_to_the_present_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,8 +97,13 @@ def test_urls() -> None:
 
 def test_no_connection_is_unavailable(tmp_path: Path) -> None:
     url = f"postgresql://postgres@/x?host={tmp_path}"
-    with pytest.raises(Unavailable, match="no connection"):
+    with pytest.raises(Unavailable, match=r"cannot be used: .*No such file"):
         EventStore.open(Settings(data_dir=str(tmp_path), database_url=url))
+    with pytest.raises(Unavailable, match="does not answer"):
+        schema.is_empty(url)
+    (tmp_path / "no.db").write_text("this is a letter, not a database " * 100)
+    with pytest.raises(Unavailable, match="not a database"):
+        EventStore.open(Settings(data_dir=str(tmp_path), database_url=f"sqlite:///{tmp_path / 'no.db'}"))
 
 
 def test_postgres_without_its_driver_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

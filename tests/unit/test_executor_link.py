@@ -251,6 +251,21 @@ def test_the_child_does_not_outlive_its_parent() -> None:
         assert asyncio.run(gone(child))
 
 
+def test_the_childs_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as asked for, and none that waits by spinning unless the person who runs the server says so."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+
+    async def variables() -> dict[str, str]:
+        async with started(ExecutorOptions(threads=3)) as link:
+            raw = Path(f"/proc/{link.pid}/environ").read_bytes().decode()
+        return dict(line.split("=", 1) for line in raw.split("\0") if "=" in line)
+
+    found = asyncio.run(variables())
+    assert (found["OMP_NUM_THREADS"], found["OMP_WAIT_POLICY"]) == ("3", "PASSIVE")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert asyncio.run(variables())["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
 def test_large_states_pass_through() -> None:
     async def test() -> None:
         async with started() as link:

@@ -2,6 +2,7 @@
 
 import math
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_the_counter_is_uniform() -> None:
         centred = [u - 0.5 for u in values]
         variance = sum(c * c for c in centred) / 4000
         assert variance == pytest.approx(1 / 12, abs=0.005)
-        lag = sum(a * b for a, b in zip(centred, centred[1:], strict=False)) / 4000 / variance
+        lag = sum(a * b for a, b in pairwise(centred)) / 4000 / variance
         assert abs(lag) < 0.06
 
 
@@ -137,11 +138,11 @@ def test_the_nucleus_of_a_large_vocabulary() -> None:
     """Both where a few tokens reach top_p and where thousands are needed."""
     generator = torch.Generator().manual_seed(0)
     for spread in (0.01, 5.0):
-        scores = torch.randn(20_000, generator=generator, dtype=torch.float64) * spread
-        scores -= scores.max()
-        share = torch.softmax(scores, 0).sort(descending=True).values.cumsum(0)
+        logits = torch.randn(20_000, generator=generator, dtype=torch.float64) * spread
+        weights = torch.softmax(logits, 0)
+        share = weights.sort(descending=True).values.cumsum(0)
         expected = int((share < 0.9).sum()) + 1
-        assert abs(len(nucleus(scores, None, 0.9)) - expected) <= 1
+        assert abs(len(nucleus(logits, weights, None, 0.9)) - expected) <= 1
 
 
 def test_normaliser_is_log_sum_exp() -> None:

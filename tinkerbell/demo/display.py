@@ -10,8 +10,10 @@ from rich.text import Text
 from tinkerbell.demo.track import Track
 
 BARS = "▁▂▃▄▅▆▇█"
-CURVE = 24
+CURVE = 14
 """Characters of a curve."""
+WIDE = 120
+"""Columns of a terminal that shows everything."""
 EVERY = 4
 """Steps between two lines of a user where there is no terminal."""
 
@@ -22,7 +24,7 @@ class Display:
     def __init__(self, console: Console, tracks: Sequence[Track]) -> None:
         self._console = console
         self._tracks = tracks
-        self._live = Live(table(tracks), console=console, auto_refresh=False) if console.is_terminal else None
+        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._told: dict[str, int] = {}
 
     def __enter__(self) -> "Display":
@@ -32,13 +34,16 @@ class Display:
 
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
-            self._live.update(table(self._tracks), refresh=True)
+            self._live.update(self._table(), refresh=True)
             self._live.stop()
+
+    def _table(self) -> Table:
+        return table(self._tracks, self._console.width)
 
     def update(self) -> None:
         """Show how it stands."""
         if self._live is not None:
-            self._live.update(table(self._tracks), refresh=True)
+            self._live.update(self._table(), refresh=True)
             return
         for track in self._tracks:
             steps, told = len(track.points), self._told.get(track.user, 0)
@@ -48,26 +53,26 @@ class Display:
                 self._console.print(Text(f"{track.user:<8} step {steps:>3}/{track.num_steps}  {now}"))
 
 
-def table(tracks: Sequence[Track]) -> Table:
-    """One row for each user."""
-    grid = Table(header_style="bold")
-    for name in ("user", "task", "adapter"):
-        grid.add_column(name)
-    for name in ("step", "now", "tokens", "accelerator s", "share"):
-        grid.add_column(name, justify="right")
-    grid.add_column("curve", min_width=CURVE)
+def table(tracks: Sequence[Track], width: int) -> Table:
+    """One row for each user; a narrow terminal does without task and adapter."""
+    wide = width >= WIDE
+    grid = Table(header_style="bold", box=None, padding=(0, 2, 0, 0))
+    for name in ("user", *(("task", "adapter") if wide else ())):
+        grid.add_column(name, no_wrap=True)
+    for name in ("step", "now", "tokens", "busy s", "share"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    grid.add_column("curve", no_wrap=True, min_width=CURVE)
     total = sum(track.cost_us for track in tracks)
     for track in tracks:
         values = [point.value for point in track.points]
         now = f"{track.measure} {values[-1]:.3f}" if values else track.state
         grid.add_row(
             Text(track.user),
-            Text(track.task),
-            Text(track.lora),
+            *((Text(track.task), Text(track.lora)) if wide else ()),
             f"{len(values)}/{track.num_steps}",
-            Text(track.error if track.state == "failed" else now, style="red" if track.state == "failed" else ""),
+            Text("failed", style="red") if track.state == "failed" else Text(now),
             f"{track.tokens:,}",
-            f"{track.cost_us / 1e6:.1f}",
+            f"{track.cost_us / 1e6:,.1f}",
             f"{track.cost_us / total:.0%}" if total else "",
             Text(curve(values)),
         )

@@ -22,6 +22,7 @@ def require_matplotlib() -> None:
 def draw(tracks: Sequence[Track]) -> tuple[bytes, str]:
     """PNG bytes and SVG text: losses on the left, rewards on the right."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     losses, rewards = figure.subplots(1, 2)
@@ -35,6 +36,7 @@ def draw(tracks: Sequence[Track]) -> tuple[bytes, str]:
                 _line(axes, track, colour[track.user])
         axes.set_title(title, loc="left")
         axes.set_xlabel("optimizer step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)

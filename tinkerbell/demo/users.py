@@ -74,7 +74,7 @@ def brief(client: Client, tokenizer: Tokenizer, track: Track) -> None:
     track.before = greedy(adapter, tokenizer, shown, track)
     for step in range(track.num_steps):
         prompt = list(prompts.values())[step % len(prompts)]
-        sampling = adapter.sample(prompt, num_samples=16, max_tokens=16, temperature=1.0)
+        sampling = adapter.sample(prompt, num_samples=16, max_tokens=16, temperature=1.0, seed=step)
         samples = sampling.result().sequences
         rewards = [brevity(tokenizer.decode(sample.tokens, skip_special_tokens=True)) for sample in samples]
         mean, spread = fmean(rewards), pstdev(rewards)
@@ -84,7 +84,7 @@ def brief(client: Client, tokenizer: Tokenizer, track: Track) -> None:
             for sample, reward in zip(samples, rewards, strict=True)
         ]
         gradients = adapter.forward_backward(batch, loss="importance_sampling")
-        update = adapter.optim_step(learning_rate=1e-3)
+        update = adapter.optim_step(learning_rate=4e-4)
         client.gather(gradients, update)
         track.billed(sampling, gradients, update)
         track.step(mean)
@@ -145,8 +145,8 @@ class User:
 
 
 USERS = (
-    User("keeper", keeper, "chat in a persona", "r 16, all linear", "loss", 16),
-    User("orders", orders, "text to record", "r 8, attention", "loss", 16),
-    User("topics", topics, "name the topic; other AdamW", "r 4, q v down", "loss", 16),
+    User("keeper", keeper, "chat in a persona", "r 16, all linear", "loss", 20),
+    User("orders", orders, "text to record", "r 8, attention", "loss", 20),
+    User("topics", topics, "topic, own AdamW settings", "r 4, q v down", "loss", 20),
     User("brief", brief, "RL: answer in one word", "r 8, all linear", "reward", 20),
 )

@@ -53,7 +53,9 @@ class Contents:
             raise Corrupt(f"I13: {num_names - self._num_names} blob names belong to no event", invariant="I13")
         stored = {row.hash: row.length for row in connection.execute(sa.select(t.blobs))}
         if stored != self._lengths:
-            wrong = min(key for key in stored.keys() | self._lengths.keys() if stored.get(key) != self._lengths.get(key))
+            wrong = min(
+                key for key in stored.keys() | self._lengths.keys() if stored.get(key) != self._lengths.get(key)
+            )
             raise Corrupt(f"I14: blob {wrong.hex()} is not in the table as it is in the store", invariant="I14")
 
 

@@ -114,4 +114,6 @@ class Requests:
 
 
 def _refuse(invariant: str, recorded: Recorded, why: str) -> NoReturn:
-    raise Corrupt(f"{invariant} at position {recorded.position}: {why}", invariant=invariant, position=recorded.position)
+    raise Corrupt(
+        f"{invariant} at position {recorded.position}: {why}", invariant=invariant, position=recorded.position
+    )

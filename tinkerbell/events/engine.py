@@ -8,7 +8,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from tinkerbell.config import normalise_url
-from tinkerbell.errors import InvalidRequest, MissingPackage
+from tinkerbell.errors import InvalidRequest, MissingPackage, Unavailable
 
 BUSY_TIMEOUT_MS = 30_000
 """How long a SQLite connection waits for another process's write."""
@@ -31,9 +31,7 @@ def parse_url(url: str) -> sa.URL:
         return parsed.set(drivername="sqlite")
     if parsed.get_backend_name() == "postgresql":
         return parsed.set(drivername="postgresql+psycopg")
-    raise InvalidRequest(
-        f"database URL: {parsed.get_backend_name()} is not supported, only sqlite and postgresql"
-    )
+    raise InvalidRequest(f"database URL: {parsed.get_backend_name()} is not supported, only sqlite and postgresql")
 
 
 def sqlite_path(url: sa.URL) -> Path | None:
@@ -47,10 +45,16 @@ def make_engine(
     """An engine whose transactions are the caller's: `writer` begins with the write lock on SQLite, `reader` runs
     each statement on its own unless inside `snapshot`.
 
-    Raises InvalidRequest for an unusable URL, MissingPackage without the driver.
+    Raises InvalidRequest for an unusable URL, MissingPackage without the driver. What a reader's statements raise
+    when there is no database is Unavailable.
     """
     parsed = parse_url(url)
-    options: dict[str, Any] = {"json_serializer": _identity, "json_deserializer": _identity}
+    # Parameters are tenants' data: they do not belong in error messages.
+    options: dict[str, Any] = {
+        "json_serializer": _identity,
+        "json_deserializer": _identity,
+        "hide_parameters": True,
+    }
     if role == "writer":
         options |= {"pool_size": 1, "max_overflow": 0}
     else:
@@ -58,16 +62,30 @@ def make_engine(
     if parsed.get_backend_name() == "sqlite":
         engine = sa.create_engine(parsed, poolclass=sa.QueuePool, **options)
         _prepare_sqlite(engine, role, durability)
-        return engine
+    else:
+        if role == "reader":
+            options["isolation_level"] = "AUTOCOMMIT"
+        try:
+            engine = sa.create_engine(parsed, pool_pre_ping=True, **options)
+        except ModuleNotFoundError as exc:
+            raise MissingPackage("Postgres needs: pip install 'tinkerbell-server[postgres]'") from exc
+        if role == "writer":
+            _set_synchronous_commit(engine, durability)
     if role == "reader":
-        options["isolation_level"] = "AUTOCOMMIT"
-    try:
-        engine = sa.create_engine(parsed, pool_pre_ping=True, **options)
-    except ModuleNotFoundError as exc:
-        raise MissingPackage("Postgres needs: pip install 'tinkerbell-server[postgres]'") from exc
-    if role == "writer":
-        _set_synchronous_commit(engine, durability)
+        _name_outages(engine)
     return engine
+
+
+def _name_outages(engine: sa.Engine) -> None:
+    """Readers get Unavailable where the database does not answer. The driver's text is its cause: it can name hosts,
+    which are none of an HTTP caller's business."""
+
+    @sa.event.listens_for(engine, "handle_error", retval=True)
+    def handle(context: sa.engine.ExceptionContext) -> Exception | None:
+        # A failed ping is how the pool finds out that it must connect again.
+        if isinstance(context.sqlalchemy_exception, sa.exc.OperationalError) and not context.is_pre_ping:
+            return Unavailable("the database does not answer")
+        return None
 
 
 def _prepare_sqlite(engine: sa.Engine, role: str, durability: str) -> None:

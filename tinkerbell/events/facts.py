@@ -55,9 +55,7 @@ def _streams(connection: sa.Connection, names: set[str]) -> dict[str, StreamHead
 def _originals(connection: sa.Connection, keys: set[str]) -> dict[tuple[str, str], Original]:
     found: dict[tuple[str, str], Original] = {}
     for part in in_parts(keys):
-        rows = (
-            connection.execute(sa.select(events).where(events.c.idempotency_key.in_(part))).mappings().all()
-        )
+        rows = connection.execute(sa.select(events).where(events.c.idempotency_key.in_(part))).mappings().all()
         for row, recorded in zip(rows, decode_rows(connection, rows), strict=True):
             found[row["tenant"], row["idempotency_key"]] = Original(row["request_hash"], recorded)
     return found

@@ -53,9 +53,7 @@ class FutureWaiter:
 
     def _on_events(self, events: Sequence[Recorded]) -> None:
         """On the store's tail thread."""
-        ids = [
-            item.causation for item in events if item.causation is not None and isinstance(item.event, Result)
-        ]
+        ids = [item.causation for item in events if item.causation is not None and isinstance(item.event, Result)]
         if ids and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake, ids)
 

@@ -1,6 +1,7 @@
 """Applies the folds' changes with SQL, a few statements for a whole group of events."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -34,14 +35,21 @@ class _Pending:
 
 def upsert(connection: sa.Connection, table: sa.Table, rows: list[Row], *, add: bool = False) -> None:
     """Insert rows of equal columns; where a row exists its other columns are replaced, or added to (`add`)."""
-    insert: Any = (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(table)
+    connection.execute(_upsert_statement(connection.dialect.name, table, tuple(rows[0]), add), rows)
+
+
+# Building a statement costs more than running it: there are a few dozen in all.
+@lru_cache(maxsize=256)
+def _upsert_statement(dialect: str, table: sa.Table, columns: tuple[str, ...], add: bool) -> sa.Insert:
+    insert: Any = (sqlite if dialect == "sqlite" else postgresql).insert(table)
     keys = [column.name for column in table.primary_key]
-    others = [column for column in rows[0] if column not in keys]
     changed = {
         column: table.c[column] + insert.excluded[column] if add else insert.excluded[column]
-        for column in others
+        for column in columns
+        if column not in keys
     }
-    connection.execute(insert.on_conflict_do_update(index_elements=keys, set_=changed), rows)
+    statement: sa.Insert = insert.on_conflict_do_update(index_elements=keys, set_=changed)
+    return statement
 
 
 def project(connection: sa.Connection, changes: Iterable[Change]) -> None:
@@ -64,12 +72,16 @@ def project(connection: sa.Connection, changes: Iterable[Change]) -> None:
 
 
 def _update(connection: sa.Connection, table: sa.Table, columns: tuple[str, ...], rows: list[Row]) -> None:
+    keys = KEYS[table.name]
+    bound = [{(f"key_{k}" if k in keys else f"new_{k}"): value for k, value in row.items()} for row in rows]
+    connection.execute(_update_statement(table, columns), bound)
+
+
+@lru_cache(maxsize=256)
+def _update_statement(table: sa.Table, columns: tuple[str, ...]) -> sa.Update:
     # Names of bind parameters must differ from those of the columns that change.
-    keys = [column.name for column in table.primary_key]
-    statement = (
+    return (
         table.update()
-        .where(*(table.c[key] == sa.bindparam(f"key_{key}") for key in keys))
+        .where(*(table.c[key] == sa.bindparam(f"key_{key}") for key in KEYS[table.name]))
         .values({column: sa.bindparam(f"new_{column}") for column in columns})
     )
-    bound = [{(f"key_{k}" if k in keys else f"new_{k}"): value for k, value in row.items()} for row in rows]
-    connection.execute(statement, bound)

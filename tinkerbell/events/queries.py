@@ -94,9 +94,7 @@ class Queries:
     def place(self, tenant: str, id: int) -> int:
         """How many pending requests of the tenant were accepted before this one."""
         c = t.futures.c
-        query = sa.select(sa.func.count().label("before")).where(
-            c.tenant == tenant, c.id < id, sa.text(t.PENDING)
-        )
+        query = sa.select(sa.func.count().label("before")).where(c.tenant == tenant, c.id < id, sa.text(t.PENDING))
         row = self._first(query)
         assert row is not None
         return int(row["before"])
@@ -111,9 +109,7 @@ class Queries:
 
     def adapters(self, tenant: str | None = None) -> list[AdapterRow]:
         """Adapters of the tenant (of all of them: None), oldest first."""
-        query = sa.select(*_columns(t.adapters, AdapterRow)).order_by(
-            t.adapters.c.created_us, t.adapters.c.id
-        )
+        query = sa.select(*_columns(t.adapters, AdapterRow)).order_by(t.adapters.c.created_us, t.adapters.c.id)
         if tenant is not None:
             query = query.where(t.adapters.c.tenant == tenant)
         return [msgspec.convert(_with_json(row), AdapterRow) for row in self._all(query)]
@@ -121,19 +117,13 @@ class Queries:
     def checkpoint(self, tenant: str, id: str) -> CheckpointRow | None:
         """A checkpoint of the tenant."""
         c = t.checkpoints.c
-        row = self._first(
-            sa.select(*_columns(t.checkpoints, CheckpointRow)).where(c.id == id, c.tenant == tenant)
-        )
+        row = self._first(sa.select(*_columns(t.checkpoints, CheckpointRow)).where(c.id == id, c.tenant == tenant))
         return msgspec.convert(_with_json(row), CheckpointRow) if row else None
 
-    def checkpoints(
-        self, tenant: str, adapter: str | None = None, kind: str | None = "save"
-    ) -> list[CheckpointRow]:
+    def checkpoints(self, tenant: str, adapter: str | None = None, kind: str | None = "save") -> list[CheckpointRow]:
         """Checkpoints of the tenant, oldest first; `kind` None: the server's recovery points too."""
         c = t.checkpoints.c
-        query = (
-            sa.select(*_columns(t.checkpoints, CheckpointRow)).where(c.tenant == tenant).order_by(c.position)
-        )
+        query = sa.select(*_columns(t.checkpoints, CheckpointRow)).where(c.tenant == tenant).order_by(c.position)
         if adapter is not None:
             query = query.where(c.adapter == adapter)
         if kind is not None:
@@ -161,9 +151,7 @@ class Queries:
 
     def keys(self, tenant: str | None = None) -> list[KeyRow]:
         """API keys, oldest first, the revoked ones too."""
-        query = sa.select(*_columns(t.api_keys, KeyRow)).order_by(
-            t.api_keys.c.created_us, t.api_keys.c.key_id
-        )
+        query = sa.select(*_columns(t.api_keys, KeyRow)).order_by(t.api_keys.c.created_us, t.api_keys.c.key_id)
         if tenant is not None:
             query = query.where(t.api_keys.c.tenant == tenant)
         return [_row(KeyRow, row) for row in self._all(query)]
@@ -199,21 +187,14 @@ class Queries:
         c = t.futures.c
         cost = sa.cast(sa.func.sum(c.cost_us), t.Big).label("cost_us")
         tokens = sa.cast(sa.func.sum(c.num_tokens + c.tokens_out), t.Big).label("tokens")
-        query = (
-            sa.select(c.tenant, cost, tokens)
-            .where(c.done_us > since_us)
-            .group_by(c.tenant)
-            .order_by(c.tenant)
-        )
+        query = sa.select(c.tenant, cost, tokens).where(c.done_us > since_us).group_by(c.tenant).order_by(c.tenant)
         if tenant is not None:
             query = query.where(c.tenant == tenant)
         return {row["tenant"]: (row["cost_us"], row["tokens"]) for row in self._all(query)}
 
     # ---- runs --------------------------------------------------------------------------------------------------------
 
-    def run_points(
-        self, tenant: str, adapter: str, after_step: int = 0, limit: int = 10_000
-    ) -> list[RunPoint]:
+    def run_points(self, tenant: str, adapter: str, after_step: int = 0, limit: int = 10_000) -> list[RunPoint]:
         """The adapter's optimizer steps with a number above `after_step`, oldest first.
 
         A load can take the step count back; then the points after the run was last at `after_step` or below.
@@ -228,19 +209,14 @@ class Queries:
             with self._engine.connect() as connection:
                 start = int(connection.execute(steps, {"a": adapter, "s": after_step}).scalar_one())
         query = (
-            sa.select(
-                e.c.type, e.c.schema_version, e.c.data, e.c.created_us, q.c.type, q.c.schema_version, q.c.data
-            )
+            sa.select(e.c.type, e.c.schema_version, e.c.data, e.c.created_us, q.c.type, q.c.schema_version, q.c.data)
             .join(q, q.c.position == e.c.causation)
             .where(mine, e.c.type.in_(RUN_TYPES), e.c.position > start)
             .order_by(e.c.position)
         )
         with self._engine.connect() as connection:
             points = fold_run(tuple(row) for row in connection.execute(query))
-            return [
-                point
-                for _, point in zip(range(limit), (p for p in points if p.step > after_step), strict=False)
-            ]
+            return [point for _, point in zip(range(limit), (p for p in points if p.step > after_step), strict=False)]
 
     def run_counts(self, tenant: str, adapter: str) -> RunCounts:
         """Totals over the adapter's requests: all, failed, tokens brought by all, cost of the answered."""

@@ -59,9 +59,7 @@ def decode_rows(connection: sa.Connection, rows: Sequence[RowMapping]) -> list[R
     """Recorded events of rows of `events`. Raises Corrupt for what this release cannot read."""
     blobs = blobs_of(connection, rows)
     return [
-        record(
-            row, decode_event(row["type"], row["schema_version"], row["data"]), blobs.get(row["position"], {})
-        )
+        record(row, decode_event(row["type"], row["schema_version"], row["data"]), blobs.get(row["position"], {}))
         for row in rows
     ]
 

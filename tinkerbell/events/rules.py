@@ -178,10 +178,9 @@ def _admit_result(state: State, new: NewEvent, event: kinds.Result) -> Cause:
         return cause
     facts = state.adapters[cause.adapter]
     if cause.seq is not None:
-        if cause.seq != facts.done_seq + 1:
-            raise AlreadyAnswered(
-                f"request {new.causation} is number {cause.seq} of its adapter; the next to be answered is {facts.done_seq + 1}"
-            )
+        due = facts.done_seq + 1
+        if cause.seq != due:
+            raise AlreadyAnswered(f"request {new.causation} has seq {cause.seq}; the next to be answered is {due}")
         facts = msgspec.structs.replace(facts, done_seq=cause.seq)
     match event:
         case kinds.AddLoraCompleted():

@@ -39,9 +39,7 @@ def upgrade(url: str) -> None:
             known = {script.revision for script in scripts.walk_revisions()}
             ahead = set(_heads(connection)) - known
             if ahead:
-                raise SchemaOutdated(
-                    f"the database has revision {', '.join(ahead)}, made by a newer release than this"
-                )
+                raise SchemaOutdated(f"the database has revision {', '.join(ahead)}, made by a newer release than this")
             config = Config()
             config.set_main_option("script_location", str(migrations_dir()).replace("%", "%%"))
             config.attributes["connection"] = connection

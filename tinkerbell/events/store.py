@@ -39,8 +39,8 @@ class EventStore:
         """
         try:
             current = schema.is_current(settings.url)
-        except sa.exc.OperationalError as exc:
-            raise Unavailable(f"no connection to the database: {exc.orig}") from exc
+        except (Unavailable, sa.exc.DatabaseError) as exc:
+            raise Unavailable(f"the database cannot be used: {exc.__cause__ or exc}") from exc
         if not current:
             raise SchemaOutdated(
                 "the database schema is not the one this release needs; run `tinkerbell db upgrade`"

@@ -16,7 +16,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
 )
-from sqlalchemy import Column as C
+from sqlalchemy import Column as C  # noqa: N817 - there are 130 of them
 
 metadata = sa.MetaData(
     naming_convention={
@@ -140,9 +140,7 @@ futures = sa.Table(
     C("created_us", Big, nullable=False),
     C("done_us", Big),
     UniqueConstraint("adapter", "seq"),
-    Index(
-        "ix_futures_pending", "tenant", "id", sqlite_where=sa.text(PENDING), postgresql_where=sa.text(PENDING)
-    ),
+    Index("ix_futures_pending", "tenant", "id", sqlite_where=sa.text(PENDING), postgresql_where=sa.text(PENDING)),
     Index(None, "done_us"),
     Index(None, "adapter", "id"),
     comment="Every request and its answer.",

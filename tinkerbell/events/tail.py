@@ -8,7 +8,7 @@ from itertools import islice
 
 import sqlalchemy as sa
 
-from tinkerbell.errors import Corrupt
+from tinkerbell.errors import Corrupt, ServerError
 from tinkerbell.events import reading
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.tables import log_head
@@ -100,10 +100,10 @@ class Tail:
                 if subscriptions:
                     self._serve(subscriptions)
                 wait_s = POLL_S
-            except (sa.exc.SQLAlchemyError, Corrupt) as exc:
+            except (sa.exc.SQLAlchemyError, ServerError) as exc:
                 # An event that cannot be read is never passed over.
                 wait_s = min(2 * wait_s, SLOW_POLL_S)
-                log.error("the log cannot be read, trying again in %s s: %s", wait_s, exc)
+                log.error("the log cannot be read, trying again in %s s: %s", wait_s, exc.__cause__ or exc)
 
     def _serve(self, subscriptions: list[_Subscription]) -> None:
         """Bring every subscription to the head, a page at a time, so that one far behind does not delay the rest."""

@@ -143,9 +143,8 @@ class Writer:
             done = self._transact(entries)
         except Exception as exc:  # noqa: BLE001 - handed to the submitter, or tried again one by one
             if len(entries) > 1:
-                log.warning(
-                    "a group of %d submits was rolled back, writing them one by one: %s", len(entries), exc
-                )
+                why = getattr(exc, "orig", exc)
+                log.warning("a group of %d submits was rolled back, writing them one by one: %s", len(entries), why)
                 for entry in entries:
                     self._write([entry])
             else:
@@ -189,9 +188,7 @@ class Writer:
         last = group.admitted[-1].row
         with self._engine.begin() as connection:
             facts.lock_head(connection)
-            found = connection.execute(
-                sa.select(events.c.hash).where(events.c.position == last["position"])
-            ).scalar()
+            found = connection.execute(sa.select(events.c.hash).where(events.c.position == last["position"])).scalar()
         return bool(found == last["hash"])
 
     def _plan(self, connection: sa.Connection, entries: list[Entry]) -> _Group:
@@ -235,9 +232,7 @@ class Writer:
             group.outcomes.append((entry, recorded))
         return True
 
-    def _claim(
-        self, connection: sa.Connection, group: _Group, entry: Entry, call: Claim, now_us: int
-    ) -> None:
+    def _claim(self, connection: sa.Connection, group: _Group, entry: Entry, call: Claim, now_us: int) -> None:
         clock_us = leases.database_now_us(connection)
         granted = leases.grant(call, group.state.leases.get(call.resource), clock_us)
         if granted is None:
@@ -265,10 +260,7 @@ def _insert(connection: sa.Connection, group: _Group) -> None:
     if named:
         connection.execute(
             event_blobs.insert(),
-            [
-                {"position": item.recorded.position, "name": name, "blob_hash": digest}
-                for item, name, digest in named
-            ],
+            [{"position": item.recorded.position, "name": name, "blob_hash": digest} for item, name, digest in named],
         )
     heads = {
         item.row["stream"]: {
@@ -285,11 +277,14 @@ def _insert(connection: sa.Connection, group: _Group) -> None:
 
 
 def _as_ours(exc: Exception) -> Exception:
-    """An error the callers know; the driver's text names no secrets, only the statement's failure."""
+    """An error the callers know. The driver's text is only its cause: it can name hosts, not their business."""
+    ours: Exception
     if isinstance(exc, sa.exc.DataError):
-        return InvalidRequest(f"the database cannot hold this: {exc.orig}")
-    if isinstance(exc, sa.exc.SQLAlchemyError):
-        unavailable = Unavailable(f"the database refused the write: {getattr(exc, 'orig', None) or exc}")
-        unavailable.__cause__ = exc
-        return unavailable
-    return exc
+        ours = InvalidRequest("the database cannot hold this")
+    elif isinstance(exc, sa.exc.SQLAlchemyError):
+        ours = Unavailable("the database did not take the write")
+        log.error("the database did not take a write: %s", getattr(exc, "orig", exc))
+    else:
+        return exc
+    ours.__cause__ = exc
+    return ours

@@ -84,7 +84,10 @@ class FakeExecutor:
 
     def describe(self) -> Environment:
         """See port.Executor."""
-        facts = {"arithmetic": f"float64 of Python {platform.python_version()}", "vocab_size": str(self._info.vocab_size)}
+        facts = {
+            "arithmetic": f"float64 of Python {platform.python_version()}",
+            "vocab_size": str(self._info.vocab_size),
+        }
         return Environment(executor="fake", model=self._info, exact=True, facts=facts)
 
     def create(self, adapter: AdapterId, lora: LoraConfig, seed: int) -> AdapterReport:
@@ -147,17 +150,13 @@ class FakeExecutor:
         try:
             done = self._chunk(unit, adapter, request)
         except UserError as exc:
-            request.failure = UnitFailed(
-                request=unit.request, category=exc.category, code=exc.slug, message=exc.detail
-            )
+            request.failure = UnitFailed(request=unit.request, category=exc.category, code=exc.slug, message=exc.detail)
             return request.failure
         if unit.last and unit.backward:
             adapter.accumulate(request.gradient)
         return done
 
-    def _chunk(
-        self, unit: ForwardBackward, adapter: FakeAdapter, request: _OpenRequest
-    ) -> ForwardBackwardDone:
+    def _chunk(self, unit: ForwardBackward, adapter: FakeAdapter, request: _OpenRequest) -> ForwardBackwardDone:
         """Add the chunk's gradient to its request's, all or nothing."""
         if not unit.data:
             raise InvalidRequest("there is no datum in this request")
@@ -200,15 +199,11 @@ class FakeExecutor:
         params = unit.params
         max_tokens = min(params.max_tokens, self._info.max_length - len(prompt))
         if max_tokens < 1:
-            raise InvalidRequest(
-                f"a prompt of {len(prompt)} tokens leaves no room in {self._info.max_length}"
-            )
+            raise InvalidRequest(f"a prompt of {len(prompt)} tokens leaves no room in {self._info.max_length}")
         stop_tokens = set(self._info.eos_tokens if params.stop_tokens is None else params.stop_tokens)
         sequences: list[SampledSequence] = []
         for sample in range(params.num_samples):
-            tokens, logprobs, stopped = distribution.sample(
-                prompt, params, unit.seed, sample, max_tokens, stop_tokens
-            )
+            tokens, logprobs, stopped = distribution.sample(prompt, params, unit.seed, sample, max_tokens, stop_tokens)
             sequences.append(
                 SampledSequence(
                     struct.pack(f"<{len(tokens)}i", *tokens),
@@ -225,9 +220,7 @@ class FakeExecutor:
     def _install(self, name: AdapterId, adapter: FakeAdapter) -> AdapterReport:
         self.remove(name)
         self._adapters[name] = adapter
-        return AdapterReport(
-            num_parameters=len(adapter.weights), step=adapter.step, state_digest=adapter.digest()
-        )
+        return AdapterReport(num_parameters=len(adapter.weights), step=adapter.step, state_digest=adapter.digest())
 
     def _find(self, name: AdapterId) -> FakeAdapter:
         adapter = self._adapters.get(name)
@@ -269,7 +262,5 @@ def _num_tokens(unit: Unit, result: UnitResult) -> int:
 def _integers(extra: dict[str, str], known: dict[str, int]) -> dict[str, int]:
     for name, value in extra.items():
         if name not in known or not value.isdigit():
-            raise InvalidRequest(
-                f"fake executor: `{name}={value}`; it knows whole numbers for {', '.join(known)}"
-            )
+            raise InvalidRequest(f"fake executor: `{name}={value}`; it knows whole numbers for {', '.join(known)}")
     return {name: int(value) for name, value in extra.items()}

@@ -136,9 +136,7 @@ class FakeAdapter:
             adapter.exp_avg = moments.get("exp_avg", _zeros(0))
             adapter.exp_avg_sq = moments.get("exp_avg_sq", _zeros(0))
             adapter.step = state.step
-        if any(
-            len(v) != 2 * adapter.num_features for v in (adapter.weights, adapter.exp_avg, adapter.exp_avg_sq)
-        ):
+        if any(len(v) != 2 * adapter.num_features for v in (adapter.weights, adapter.exp_avg, adapter.exp_avg_sq)):
             raise Corrupt("the state's tensors do not have the shape its rank asks for")
         if with_optimizer and adapter.digest() != state.digest:
             raise Corrupt("the state does not have the digest it was saved with")

@@ -40,9 +40,7 @@ def loss_inputs(spec: LossSpec, datum: Datum) -> dict[str, list[float]]:
         if name not in signature.required and name not in signature.optional:
             raise InvalidRequest(f"loss `{spec.name}` does not read `{name}`")
         if len(raw) != 4 * datum.num_tokens:
-            raise InvalidRequest(
-                f"loss input `{name}` has {len(raw) / 4:g} numbers for {datum.num_tokens} tokens"
-            )
+            raise InvalidRequest(f"loss input `{name}` has {len(raw) / 4:g} numbers for {datum.num_tokens} tokens")
         arrays[name] = list(struct.unpack(f"<{len(raw) // 4}f", raw))
     return arrays
 

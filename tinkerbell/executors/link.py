@@ -95,9 +95,7 @@ class ExecutorLink:
         reply = await self._call(protocol.Create(adapter, lora, seed), protocol.Reported)
         return Timed(reply.report, reply.busy_us)
 
-    async def load(
-        self, adapter: AdapterId, state: AdapterState, with_optimizer: bool
-    ) -> Timed[AdapterReport]:
+    async def load(self, adapter: AdapterId, state: AdapterState, with_optimizer: bool) -> Timed[AdapterReport]:
         """Executor.load."""
         reply = await self._call(protocol.Load(adapter, state, with_optimizer), protocol.Reported)
         return Timed(reply.report, reply.busy_us)
@@ -140,13 +138,6 @@ class ExecutorLink:
         ours, theirs = socket.socketpair()
         variable = f"TINKERBELL_{self.kind.upper()}_PYTHON"
         interpreter = os.environ.get(variable) or sys.executable
-        environment = dict(os.environ)
-        if self._options.threads is not None:
-            # Thread pools of BLAS libraries are sized when they are loaded.
-            environment |= {
-                "OMP_NUM_THREADS": str(self._options.threads),
-                "MKL_NUM_THREADS": str(self._options.threads),
-            }
         command = [interpreter, "-P", "-m", "tinkerbell.executors.worker", "--kind", self.kind]
         with theirs:
             try:
@@ -155,18 +146,27 @@ class ExecutorLink:
                     stdin=subprocess.DEVNULL,
                     stdout=2,  # what a library prints belongs with the log
                     pass_fds=(theirs.fileno(),),
-                    env=environment,
+                    env=self._variables(),
                 )
             except OSError as exc:
                 ours.close()
-                raise ServerError(
-                    f"cannot run the interpreter `{interpreter}` (see {variable}): {exc}"
-                ) from exc
+                raise ServerError(f"cannot run the interpreter `{interpreter}` (see {variable}): {exc}") from exc
         ours.setblocking(False)
         reader, writer = await asyncio.open_connection(sock=ours, limit=BUFFER_BYTES)
         child = _Child(process, reader, writer)
         child.pump = asyncio.create_task(self._receive(child), name=f"executor-{self.kind}")
         return child
+
+    def _variables(self) -> dict[str, str]:
+        """The child's environment."""
+        variables = dict(os.environ)
+        # An OpenMP thread that waits by spinning keeps the core from the thread it waits for as soon as anything
+        # else runs on the machine, this process for one: steps then take tens of times as long.
+        variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if self._options.threads is not None:
+            # Thread pools of BLAS libraries are sized when they are loaded.
+            variables |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self._options.threads))
+        return variables
 
     async def _call(self, command: protocol.Command, expected: type[R]) -> R:
         child = self._child

@@ -11,7 +11,17 @@ from typing import Protocol
 
 import msgspec
 
-from tinkerbell.types import AdamParams, AdapterId, Category, Datum, LoraConfig, LossSpec, ModelInfo, SampledSequence, SamplingParams
+from tinkerbell.types import (
+    AdamParams,
+    AdapterId,
+    Category,
+    Datum,
+    LoraConfig,
+    LossSpec,
+    ModelInfo,
+    SampledSequence,
+    SamplingParams,
+)
 
 
 class ForwardBackward(msgspec.Struct, frozen=True, kw_only=True, tag="forward_backward"):

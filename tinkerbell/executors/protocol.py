@@ -83,26 +83,36 @@ Command = Start | Describe | Create | Load | Snapshot | Remove | Run | Stop
 
 
 class Described(msgspec.Struct, frozen=True, tag="described"):
+    """What Executor.describe returned."""
+
     environment: Environment
     busy_us: int
     """Microseconds the call took inside the child; so in every reply."""
 
 
 class Reported(msgspec.Struct, frozen=True, tag="reported"):
+    """What Executor.create or load returned."""
+
     report: AdapterReport
     busy_us: int
 
 
 class Snapped(msgspec.Struct, frozen=True, tag="snapped"):
+    """What Executor.snapshot returned."""
+
     state: AdapterState
     busy_us: int
 
 
 class Removed(msgspec.Struct, frozen=True, tag="removed"):
+    """The adapter is forgotten."""
+
     busy_us: int
 
 
 class Ran(msgspec.Struct, frozen=True, tag="ran"):
+    """What Executor.run returned."""
+
     result: BatchResult
     busy_us: int
 

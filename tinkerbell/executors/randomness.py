@@ -12,7 +12,5 @@ def uniform(seed: int, sample: int, token: int) -> float:
 
     BLAKE2b of the three counters: the same on every machine, independent between any two places.
     """
-    digest = hashlib.blake2b(
-        struct.pack("<QQQ", seed, sample, token), digest_size=8, person=b"tb-sample"
-    ).digest()
+    digest = hashlib.blake2b(struct.pack("<QQQ", seed, sample, token), digest_size=8, person=b"tb-sample").digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53

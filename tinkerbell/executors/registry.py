@@ -34,9 +34,7 @@ def _import(point: EntryPoint) -> Callable[[ExecutorOptions], Executor]:
     except ModuleNotFoundError as exc:
         name = exc.name or str(exc)
         if name.partition(".")[0] == "tinkerbell":
-            raise ServerError(
-                f"executor `{point.name}` is not part of this installation: no module {name}"
-            ) from exc
+            raise ServerError(f"executor `{point.name}` is not part of this installation: no module {name}") from exc
         raise MissingPackage(
             f"executor `{point.name}` needs the package `{name}`: {_command(point)}", package=name
         ) from exc

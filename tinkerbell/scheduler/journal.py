@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
-from tinkerbell.events.kinds import AnyEvent, BatchRan, CheckpointWritten, NewEvent
+from tinkerbell.events.kinds import AnyEvent, BatchPlanned, BatchRan, CheckpointWritten, NewEvent
 from tinkerbell.events.leases import Lease
 from tinkerbell.scheduler import results
 from tinkerbell.scheduler.commits import Commits
@@ -14,6 +14,10 @@ from tinkerbell.types import SYSTEM_TENANT
 
 STREAM = "system/scheduler"
 
+PLAN_DELAY_S = 0.02
+"""How long a plan may wait for its batch's results, so that both are one commit. Nothing depends on a plan being
+durable before its batch runs: a batch without results never happened."""
+
 
 class Journal:
     """Makes events of one leadership and hands them to its commits."""
@@ -22,28 +26,42 @@ class Journal:
         self._commits = commits
         self._fence = (lease.resource, lease.epoch)
         self._holder = lease.holder
+        self._plan: NewEvent | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def say(self, event: AnyEvent) -> None:
-        """Something of nobody's in particular: batches, environments."""
-        self._commits.submit(self._system(event))
+        """Something of nobody's in particular: lost batches, environments."""
+        self._commits.submit(*self._due(), self._system(event))
+
+    def plan(self, event: BatchPlanned) -> None:
+        """A batch that is about to run: written with its results, or before them if they take their time."""
+        self._flush()
+        self._plan = self._system(event)
+        self._timer = asyncio.get_running_loop().call_later(PLAN_DELAY_S, self._flush)
+
+    def close(self) -> None:
+        """The leadership is over; a plan that was not written never happened."""
+        self._due()
 
     def ran(self, event: BatchRan, answers: Sequence[Answer]) -> asyncio.Task[None] | None:
         """A batch and what it answered, together. With large blobs nobody's later results wait for it but the
         adapter's own, which have to be held back until the returned task is done."""
         written = [*map(self._result, answers), self._system(event)]
         if any(answer.blobs for answer in answers):
+            self._flush()
             return self._commits.submit_apart(*written)
-        self._commits.submit(*written)
+        self._commits.submit(*self._due(), *written)
         return None
 
     def fail(self, requests: Sequence[PendingRequest], reason: Reason, batch: str | None = None) -> None:
         """Answer requests, in order, that cannot run."""
         if requests:
             events = [results.failed(r, reason.category, reason.code, reason.message, batch) for r in requests]
-            self._commits.submit(*map(self._result, map(Answer, requests, events)))
+            self._commits.submit(*self._due(), *map(self._result, map(Answer, requests, events)))
 
     def checkpoint(self, resident: Resident, event: CheckpointWritten, blobs: dict[str, bytes]) -> None:
         """A recovery point; it may not outlive a step that turns out not to be in the log."""
+        self._flush()
         self._commits.submit_apart(
             NewEvent(
                 event=event,
@@ -56,6 +74,17 @@ class Journal:
                 fence=self._fence,
             )
         )
+
+    def _due(self) -> list[NewEvent]:
+        """The plan that waits, to be written first; it waits no longer."""
+        if self._timer is not None:
+            self._timer.cancel()
+        plan, self._plan, self._timer = self._plan, None, None
+        return [plan] if plan is not None else []
+
+    def _flush(self) -> None:
+        if due := self._due():
+            self._commits.submit(*due)
 
     def _system(self, event: AnyEvent) -> NewEvent:
         return NewEvent(event=event, tenant=SYSTEM_TENANT, stream=STREAM, actor=self._holder, fence=self._fence)

@@ -97,6 +97,7 @@ class Leader:
 
     def close(self) -> None:
         """After `run` has ended."""
+        self._journal.close()
         self._commits.close()
 
     def lose(self, exc: Exception) -> None:
@@ -201,7 +202,7 @@ class Leader:
             self._withdraw(plan)
             return
         assert self._host.environment is not None
-        self._journal.say(
+        self._journal.plan(
             kinds.BatchPlanned(
                 batch=batch,
                 lane=plan.lane,

@@ -20,6 +20,10 @@ AGAIN = frozenset({429, 502, 503, 504})
 """Statuses that say nothing about the request itself: full, restarting, or a proxy without its server."""
 
 
+LOUD_ATTEMPT = 3
+"""A hiccup is nobody's business; what fails this often is, once."""
+
+
 class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """How long a call is worth trying. The default rides over a restart of the server."""
 
@@ -60,7 +64,7 @@ class Attempts:
         error = error_of(response.status_code, content)
         if response.status_code not in AGAIN:
             raise error
-        return self._wait_s(error, _retry_after_s(response))
+        return self._wait_s(error, str(error), _retry_after_s(response))
 
     def after_loss(self, exc: httpx.TransportError) -> float:
         """Seconds to wait after a connection that could not be made or broke. Raises Unreachable at the
@@ -69,11 +73,11 @@ class Attempts:
         if isinstance(exc, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
             raise Unreachable(f"{self._what}: {reason}") from exc
         try:
-            return self._wait_s(Unreachable(f"{self._what}: no answer ({reason})"), None)
+            return self._wait_s(Unreachable(f"{self._what}: no answer ({reason})"), reason, None)
         except Unreachable as error:
             raise error from exc
 
-    def _wait_s(self, error: Exception, asked_s: float | None) -> float:
+    def _wait_s(self, error: Exception, why: str, asked_s: float | None) -> float:
         now = self._clock()
         if self._give_up_at is None:
             self._give_up_at = now + self._policy.give_up_after_s
@@ -82,13 +86,8 @@ class Attempts:
         self._failed += 1
         if now + delay > self._give_up_at:
             raise error
-        log.log(
-            logging.WARNING if self._failed == 3 else logging.DEBUG,
-            "%s: %s; trying again in %.2f s",
-            self._what,
-            error,
-            delay,
-        )
+        level = logging.WARNING if self._failed == LOUD_ATTEMPT else logging.DEBUG
+        log.log(level, "%s: %s; trying again in %.2f s", self._what, why, delay)
         return delay
 
 

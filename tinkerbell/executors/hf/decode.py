@@ -55,7 +55,7 @@ class Decoder:
         self.token_bytes = tiles[0][0].cache.token_bytes()
         """Of the keys and values of one token."""
         if runtime.device.type == "cpu":
-            self.fused = all(self._same_bits(alone, numbers) for numbers in TRIAL_TILES)
+            self.fused = all(self._same_bits(tiles, alone, numbers) for numbers in TRIAL_TILES)
             if not self.fused:
                 log.warning("sampling runs one GEMM for each %d rows: fused ones change bits on this CPU", TILE)
 
@@ -68,9 +68,8 @@ class Decoder:
             for number, adapter in enumerate(adapters)
         ]
 
-    def _same_bits(self, alone: list[list[Tensor]], numbers: Sequence[int]) -> bool:
+    def _same_bits(self, tiles: list[list[Row]], alone: list[list[Tensor]], numbers: Sequence[int]) -> bool:
         """Whether tiles have in one pass the logits they have alone, wherever they and their rows stand."""
-        tiles = self._trial_tiles()
         rows: list[Row] = []
         expected: list[Tensor] = []
         for place, number in enumerate(numbers):

@@ -11,7 +11,6 @@ from tinkerbell.executors.hf.adapter import Adapter
 from tinkerbell.executors.hf.failures import NoGradients, NonFinite
 from tinkerbell.types import AdamParams
 
-
 _HARMLESS = 1e18
 """Below it a gradient's square and a weight's decay stay finite in fp32."""
 

@@ -24,19 +24,18 @@ def choose(logits: Tensor, params: SamplingParams, u: float) -> int:
     """
     if params.temperature == 0:
         return int(torch.argmax(logits))
-    scaled = logits.double()
     # The largest is subtracted before the division, so that a tiny temperature cannot overflow.
-    scaled = (scaled - scaled.max()) / params.temperature
+    weights = ((logits.double() - logits.max().double()) / params.temperature).exp()
     candidates: Tensor | None = None
-    if 0 < params.top_k < len(scaled):
-        candidates = likeliest(scaled, params.top_k)
+    if 0 < params.top_k < len(logits):
+        candidates = likeliest(logits, params.top_k)
     if params.top_p < 1:
-        candidates = nucleus(scaled, candidates, params.top_p)
+        candidates = nucleus(logits, weights, candidates, params.top_p)
     if candidates is not None:
         candidates = candidates.sort().values
-        scaled = scaled[candidates]
-    cumulative = scaled.exp().cumsum(0)
-    index = int(torch.searchsorted(cumulative, u * cumulative[-1], right=True))
+        weights = weights[candidates]
+    cumulative = weights.cumsum(0)
+    index = int(torch.searchsorted(cumulative, u * float(cumulative[-1]), right=True))
     index = min(index, _last_positive(cumulative))
     return index if candidates is None else int(candidates[index])
 
@@ -54,24 +53,21 @@ def likeliest(scores: Tensor, k: int) -> Tensor:
     return ids[order]
 
 
-def nucleus(scores: Tensor, candidates: Tensor | None, top_p: float) -> Tensor:
-    """[C] ids, likeliest first: the fewest whose share of the candidates' probability reaches `top_p`.
+def nucleus(logits: Tensor, weights: Tensor, candidates: Tensor | None, top_p: float) -> Tensor:
+    """[C] ids, likeliest first: the fewest whose share of the candidates' weight reaches `top_p`.
 
-    scores [V] are log weights with maximum 0; candidates [k] likeliest first, None for all tokens.
+    weights [V] are proportional to probabilities and ordered as logits [V] are; candidates [k] likeliest first,
+    None for all tokens.
     """
-    if candidates is not None:
-        weights = scores[candidates].exp()
-        return candidates[: _reaching(weights, top_p * float(weights.sum()))]
-    wanted = top_p * float(scores.exp().sum())
-    ids = likeliest(scores, min(FEW, len(scores)))
-    if float(scores[ids].exp().sum()) < wanted:
-        ids = likeliest(scores, len(scores))
-    return ids[: _reaching(scores[ids].exp(), wanted)]
-
-
-def _reaching(weights: Tensor, wanted: float) -> int:
-    """How many of the weights, from the first, it takes to reach `wanted`; at least one."""
-    return min(int(torch.searchsorted(weights.cumsum(0), wanted)) + 1, len(weights))
+    if candidates is None:
+        wanted = top_p * float(weights.sum())
+        candidates = likeliest(logits, min(FEW, len(logits)))
+        if float(weights[candidates].sum()) < wanted:
+            candidates = likeliest(logits, len(logits))
+    else:
+        wanted = top_p * float(weights[candidates].sum())
+    needed = int(torch.searchsorted(weights[candidates].cumsum(0), wanted)) + 1
+    return candidates[:needed]
 
 
 def normaliser(logits: Tensor) -> float:
