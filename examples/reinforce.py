@@ -31,5 +31,5 @@ for step in range(16):
     ]
     # The sampler's logprobs travel with the data: the server weighs each token by how much the policy has moved since.
     adapter.forward_backward(batch, loss="importance_sampling")
-    adapter.optim_step(learning_rate=4e-4).result()
+    adapter.optim_step(learning_rate=6e-4).result()
     print(f"step {step}  reward {mean:.2f}  {tokenizer.decode(samples[0].tokens, skip_special_tokens=True)!r}")

@@ -46,7 +46,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     batch_tokens: int = 8192
     """Most tokens in one batch."""
     chunk_tokens: int = 1024
-    """A request is cut into micro-batches of at most this many tokens, by a rule of the request alone."""
+    """A request is cut into micro-batches of at most this many tokens, by a rule of the request alone. Recorded with
+    the request, so that a change concerns later requests only."""
     max_batch_adapters: int = 16
     checkpoint_every_steps: int = 20
     """Recovery points: at most this many optimizer steps are executed again after a crash."""

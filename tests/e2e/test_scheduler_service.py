@@ -58,9 +58,10 @@ class Asker:
         )
         return self.ask(event)
 
-    def train(self, data: list[Datum], kind: str = "forward_backward") -> int:
+    def train(self, data: list[Datum], kind: str = "forward_backward", chunk_tokens: int = 16) -> int:
         cls = kinds.ForwardBackwardRequested if kind == "forward_backward" else kinds.ForwardRequested
-        event = cls(loss=LossSpec(), num_datums=len(data), num_tokens=sum(d.num_tokens for d in data))
+        tokens = sum(d.num_tokens for d in data)
+        event = cls(loss=LossSpec(), num_datums=len(data), num_tokens=tokens, chunk_tokens=chunk_tokens)
         return self.ask(event, ForwardBackwardBody(data=data))
 
     def step(self) -> int:
@@ -107,7 +108,6 @@ def server_settings(database_settings) -> Settings:
         database_settings,
         executor_options={"latency_us": "300"},
         batch_tokens=64,
-        chunk_tokens=16,
         checkpoint_every_steps=3,
         lease_ttl_s=2.0,
     )
@@ -198,9 +198,7 @@ def undisturbed(tmp_path_factory) -> list[list[object]]:
     """Outcomes of four runs, each alone on a server of its own."""
     found = []
     for number in range(4):
-        settings = Settings(
-            data_dir=str(tmp_path_factory.mktemp("alone")), executor="fake", batch_tokens=64, chunk_tokens=16
-        )
+        settings = Settings(data_dir=str(tmp_path_factory.mktemp("alone")), executor="fake", batch_tokens=64)
         schema.upgrade(settings.url)
         store = EventStore.open(settings)
         service = SchedulerService(store, settings)
@@ -488,11 +486,11 @@ def test_what_follows_a_removed_or_failed_adapter_fails_in_order(store, serve):
 
 @on_sqlite
 def test_bodies_beyond_the_inline_limit_are_read_when_their_turn_comes(store, serve):
-    serve(batch_tokens=4096, chunk_tokens=1024)
+    serve(batch_tokens=4096)
     generator = random.Random(0)
     asker = Asker(store, "t", "ad_t")
     asker.add_lora()
-    large = asker.train([datum(generator, 1000) for _ in range(100)])
+    large = asker.train([datum(generator, 1000) for _ in range(100)], chunk_tokens=1024)
     small = asker.train([datum(generator, 10)])
     asked = store.get(large)
     assert asked is not None and asked.body is None, "the body should be a blob"

@@ -88,7 +88,8 @@ def test_a_curve_is_as_high_as_its_values() -> None:
     assert curve([0.0, 1.0]) == "▁█"
     assert curve([]) == ""
     assert curve([0.0, 0.0]) == "▁▁"
-    assert len(curve([1.0] * 100)) == CURVE
+    assert curve([-1.0, 2.0]) == "▁█"
+    assert curve([0.0] * 50 + [1.0] * 50) == "▁" * (CURVE // 2) + "█" * (CURVE // 2)
 
 
 @pytest.mark.parametrize("width", [80, 120])

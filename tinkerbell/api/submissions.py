@@ -217,7 +217,12 @@ class Submitter:
         data = validation.data(body.data, body.loss, model, self._context.settings.limits.max_request_tokens)
         num_tokens = sum(datum.num_tokens for datum in data)
         return Draft(
-            event=event(loss=body.loss, num_datums=len(data), num_tokens=num_tokens),
+            event=event(
+                loss=body.loss,
+                num_datums=len(data),
+                num_tokens=num_tokens,
+                chunk_tokens=self._context.settings.chunk_tokens,
+            ),
             body=kinds.ForwardBackwardBody(data),
             tokens=num_tokens,
             expected_seq=body.seq,

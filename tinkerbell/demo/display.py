@@ -1,6 +1,8 @@
 """What a person sees while the users train: a live table on a terminal, a line now and then elsewhere."""
 
 from collections.abc import Sequence
+from itertools import pairwise
+from statistics import fmean
 
 from rich.console import Console
 from rich.live import Live
@@ -80,9 +82,10 @@ def table(tracks: Sequence[Track], width: int) -> Table:
 
 
 def curve(values: Sequence[float]) -> str:
-    """The values as bars, from 0 to their largest; the newest CURVE of them."""
-    top = max(values, default=0.0)
-    if top <= 0:
-        return BARS[0] * len(values[-CURVE:])
+    """The values as at most CURVE bars, from 0 to their largest; more than that many are averaged in groups."""
+    groups = min(len(values), CURVE)
+    cuts = [len(values) * n // groups for n in range(groups + 1)] if groups else []
+    means = [fmean(values[start:stop]) for start, stop in pairwise(cuts)]
+    top = max(means, default=0.0)
     last = len(BARS) - 1
-    return "".join(BARS[max(0, min(last, round(value / top * last)))] for value in values[-CURVE:])
+    return "".join(BARS[round(mean / top * last) if mean > 0 else 0] for mean in means)

@@ -84,7 +84,7 @@ def brief(client: Client, tokenizer: Tokenizer, track: Track) -> None:
             for sample, reward in zip(samples, rewards, strict=True)
         ]
         gradients = adapter.forward_backward(batch, loss="importance_sampling")
-        update = adapter.optim_step(learning_rate=4e-4)
+        update = adapter.optim_step(learning_rate=6e-4)
         client.gather(gradients, update)
         track.billed(sampling, gradients, update)
         track.step(mean)
@@ -148,5 +148,5 @@ USERS = (
     User("keeper", keeper, "chat in a persona", "r 16, all linear", "loss", 20),
     User("orders", orders, "text to record", "r 8, attention", "loss", 20),
     User("topics", topics, "topic, own AdamW settings", "r 4, q v down", "loss", 20),
-    User("brief", brief, "RL: answer in one word", "r 8, all linear", "reward", 20),
+    User("brief", brief, "RL: answer in one word", "r 8, all linear", "reward", 16),
 )

@@ -56,6 +56,8 @@ class ForwardRequested(Request, frozen=True, kw_only=True, tag="forward.requeste
     loss: LossSpec
     num_datums: int
     num_tokens: int
+    chunk_tokens: int = 1024
+    """It is cut into micro-batches of at most so many tokens, now and whenever it is executed again."""
 
 
 class ForwardBackwardRequested(Request, frozen=True, kw_only=True, tag="forward_backward.requested"):
@@ -64,6 +66,8 @@ class ForwardBackwardRequested(Request, frozen=True, kw_only=True, tag="forward_
     loss: LossSpec
     num_datums: int
     num_tokens: int
+    chunk_tokens: int = 1024
+    """As in ForwardRequested."""
 
 
 class OptimStepRequested(Request, frozen=True, kw_only=True, tag="optim_step.requested"):

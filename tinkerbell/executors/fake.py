@@ -180,7 +180,7 @@ class FakeExecutor:
                 by_delta = distribution.gradient(tokens, targets, value.slopes)
                 total = array("d", map(operator.add, total, adapter.chain(by_delta)))
         loss = math.fsum(losses)
-        if not math.isfinite(loss) or not all(map(math.isfinite, total)):
+        if not all(map(math.isfinite, (loss, *metrics.values(), *total))):
             raise NonFinite("the loss or the gradient of this request is not finite")
         request.gradient = array("d", map(operator.add, request.gradient, total))
         return ForwardBackwardDone(request=unit.request, loss=loss, metrics=metrics, logprobs=logprobs)

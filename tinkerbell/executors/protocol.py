@@ -25,8 +25,6 @@ class ExecutorOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Directory, hub id, or `package:NAME`; the fake needs none."""
     threads: int | None = None
     """None: one per core."""
-    chunk_tokens: int = 1024
-    """Micro-batches hold at most this many tokens."""
     extra: dict[str, str] = {}
     """Settings of one kind of executor."""
 

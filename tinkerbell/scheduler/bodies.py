@@ -4,7 +4,13 @@ import asyncio
 from collections import OrderedDict
 
 from tinkerbell.errors import Corrupt
-from tinkerbell.events.kinds import ForwardBackwardBody, Recorded, SampleBody
+from tinkerbell.events.kinds import (
+    ForwardBackwardBody,
+    ForwardBackwardRequested,
+    ForwardRequested,
+    Recorded,
+    SampleBody,
+)
 from tinkerbell.events.store import EventStore
 from tinkerbell.scheduler.batching import cut
 from tinkerbell.scheduler.pending import BODY_KINDS, PendingRequest
@@ -15,9 +21,8 @@ RequestBody = ForwardBackwardBody | SampleBody
 class Bodies:
     """Least recently used bodies go when the rest exceeds `max_bytes`; they are read again when needed."""
 
-    def __init__(self, store: EventStore, chunk_tokens: int, max_bytes: int = 256 * 1024 * 1024) -> None:
+    def __init__(self, store: EventStore, max_bytes: int = 256 * 1024 * 1024) -> None:
         self._store = store
-        self._chunk_tokens = chunk_tokens
         self._max_bytes = max_bytes
         self._bytes = 0
         self._bodies: OrderedDict[int, tuple[RequestBody, int]] = OrderedDict()
@@ -63,7 +68,8 @@ class Bodies:
             # Tokens, targets and one array of loss inputs: near enough for a bound on memory.
             size = sum(3 * len(datum.tokens) for datum in body.data)
             lengths = [datum.num_tokens for datum in body.data]
-            request.measure(lengths, cut(lengths, self._chunk_tokens))
+            assert isinstance(request.event, ForwardRequested | ForwardBackwardRequested)
+            request.measure(lengths, cut(lengths, request.event.chunk_tokens))
         self.forget(request)
         self._bodies[request.position] = (body, size)
         self._bytes += size

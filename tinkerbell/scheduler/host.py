@@ -39,7 +39,6 @@ class ExecutorHost:
         options = ExecutorOptions(
             model=settings.model,
             threads=settings.threads,
-            chunk_tokens=settings.chunk_tokens,
             extra=settings.executor_options,
         )
         self.link = ExecutorLink(settings.executor, options)

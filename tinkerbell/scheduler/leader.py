@@ -58,9 +58,9 @@ class Leader:
         self._stopping = asyncio.Event()
         self._shares = FairShare()
         self._pending = Pending()
-        self._bodies = Bodies(store, settings.chunk_tokens)
+        self._bodies = Bodies(store)
         self._residency = Residency()
-        recovery = Recovery(store, settings.chunk_tokens, settings.batch_tokens)
+        recovery = Recovery(store, settings.batch_tokens)
         self._restorer = Restorer(recovery, self._residency, MOST_DEATHS)
         self._control = Control(recovery, self._residency)
         self._commits = Commits(store, on_failure=self._wake.set)
@@ -216,6 +216,7 @@ class Leader:
                 answers, charges, busy_us = await self._run_control(plan, batch)
             else:
                 result = await self._call(self._host.link.run(Batch(id=batch, units=units)))
+                results.require_finite(result.results)
                 busy_us = result.busy_us
                 charges = self._settlement.charge(plan, result.results, busy_us)
                 answers = self._settlement.answers(plan, batch, result.results)

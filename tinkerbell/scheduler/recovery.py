@@ -117,9 +117,8 @@ def completed_tail(events: Sequence[Recorded]) -> Tail:
 class Recovery:
     """Restores adapters from the log. The log must be settled: no commit of the adapter's in flight."""
 
-    def __init__(self, store: EventStore, chunk_tokens: int, batch_tokens: int) -> None:
+    def __init__(self, store: EventStore, batch_tokens: int) -> None:
         self._store = store
-        self._chunk_tokens = chunk_tokens
         self._batch_tokens = batch_tokens
 
     async def restore(self, link: ExecutorLink, tenant: TenantId, adapter: AdapterId) -> Resident:
@@ -209,7 +208,7 @@ class Recovery:
         body = self._store.body(recorded)
         if not isinstance(body, ForwardBackwardBody):
             raise Corrupt(f"event {recorded.position} has no request body")
-        chunks = cut([datum.num_tokens for datum in body.data], self._chunk_tokens)
+        chunks = cut([datum.num_tokens for datum in body.data], event.chunk_tokens)
         return [
             ForwardBackward(
                 request=recorded.position,

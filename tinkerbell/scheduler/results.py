@@ -1,10 +1,12 @@
 """From an executor's answers to result events."""
 
+import math
 from collections.abc import Iterable
 
+from tinkerbell.errors import ServerError
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import FAILED, AnyResult, Body, LogprobsBody, SamplesBody, kind_of
-from tinkerbell.executors.port import ForwardBackwardDone, OptimStepDone, SampleDone
+from tinkerbell.executors.port import ForwardBackwardDone, OptimStepDone, SampleDone, UnitResult
 from tinkerbell.scheduler.pending import PendingRequest
 from tinkerbell.types import Category
 
@@ -26,6 +28,20 @@ def combine(parts: Iterable[ForwardBackwardDone]) -> tuple[float, dict[str, floa
             metrics[name] = metrics.get(name, 0.0) + value
         logprobs.extend(part.logprobs)
     return loss, metrics, LogprobsBody(logprobs=logprobs)
+
+
+def require_finite(answers: Iterable[UnitResult]) -> None:
+    """Raises ServerError for an executor that says "done" with a number the log cannot hold (JSON has no NaN)."""
+    for answer in answers:
+        match answer:
+            case ForwardBackwardDone():
+                numbers = [answer.loss, *answer.metrics.values()]
+            case OptimStepDone():
+                numbers = [answer.grad_norm]
+            case _:
+                continue
+        if not all(map(math.isfinite, numbers)):
+            raise ServerError(f"the executor answered request {answer.request} with a number that is not finite")
 
 
 def forward_done(request: PendingRequest, batch: str) -> tuple[AnyResult, Body]:

@@ -22,7 +22,7 @@ def configure(num_threads: int) -> None:
     torch.set_float32_matmul_precision("highest")
 
 
-def facts(model: LoadedModel, chunk_tokens: int) -> dict[str, str]:
+def facts(model: LoadedModel) -> dict[str, str]:
     """`Environment.facts`: equal facts promise equal bits."""
     device = model.runtime.device
     return {
@@ -37,7 +37,7 @@ def facts(model: LoadedModel, chunk_tokens: int) -> dict[str, str]:
         "torch_build": hashlib.sha256(torch.__config__.show().encode()).hexdigest()[:16],
         "transformers": transformers.__version__,
         "deterministic": str(torch.are_deterministic_algorithms_enabled()).lower(),
-        "micro_batch": f"one unit; chunk_tokens={chunk_tokens}; head rows={CHUNK_ROWS}",
+        "micro_batch": f"one unit; head rows={CHUNK_ROWS}",
     }
 
 

@@ -66,7 +66,7 @@ class HFExecutor:
             executor="hf",
             model=model.info,
             exact=model.runtime.device.type == "cpu",
-            facts=facts(model, options.chunk_tokens),
+            facts=facts(model),
         )
 
     def describe(self) -> Environment:

@@ -1,6 +1,7 @@
 """Runs ForwardBackward units: many micro-batches in one packed pass, one answer and one gradient each."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -179,7 +180,8 @@ def _evaluate(batch: MicroBatch, logprobs: Tensor) -> LossValue | UnitFailed:
     """The loss of one micro-batch; whatever goes wrong in it is that unit's failure."""
     try:
         value = evaluate(batch.loss, logprobs, batch.inputs)
-        if not (torch.isfinite(torch.tensor(value.loss)) and bool(torch.isfinite(value.gradient).all())):
+        numbers = (value.loss, *value.metrics.values())
+        if not all(map(math.isfinite, numbers)) or not bool(torch.isfinite(value.gradient).all()):
             raise NonFinite(f"the loss `{batch.unit.loss.name}` of this request is not finite")
     except UserError as exc:
         return failed(batch.unit.request, exc)
