@@ -143,31 +143,37 @@ def test_future_waiter(store: EventStore) -> None:
     async def scenario() -> None:
         waiter = FutureWaiter(store)
         await waiter.start()
-        done = await waiter.wait("alice", added.position, 5)
-        assert done is not None and done.state == "completed" and done.result_position == 2
+        found = await waiter.wait("alice", added.position, 5)
+        assert found is not None and found[1] is None
+        done, _ = found
+        assert done.state == "completed" and done.result_position == 2
         assert await waiter.wait("alice", 999, 5) is None
         assert await waiter.wait("bob", added.position, 5) is None, "another tenant's future is no future"
         start = time.perf_counter()
-        pending = await waiter.wait("alice", first.position, 0.05)
-        assert pending is not None and pending.state == "pending"
+        found = await waiter.wait("alice", first.position, 0.05)
+        assert found is not None and (found[0].state, found[1]) == ("pending", None)
         assert 0.04 < time.perf_counter() - start < 2
         waits = [asyncio.create_task(waiter.wait("alice", first.position, 20)) for _ in range(3)]
         other = asyncio.create_task(waiter.wait("alice", second.position, 20))
         await asyncio.sleep(0.05)
         await asyncio.to_thread(store.append, log.forward_backward_completed(first))
-        rows = await asyncio.wait_for(asyncio.gather(*waits), 10)
-        assert [row.state for row in rows if row] == ["completed"] * 3
+        woken = await asyncio.wait_for(asyncio.gather(*waits), 10)
+        for row, answer in filter(None, woken):
+            assert row == store.queries.future("alice", first.position), "the row is the one the database has"
+            assert answer is not None and answer.causation == first.position
+        assert len(woken) == 3 and None not in woken
         assert not other.done()
         await asyncio.to_thread(store.append, log.failed(second))
-        row = await asyncio.wait_for(other, 10)
-        assert row is not None and row.state == "failed"
+        found = await asyncio.wait_for(other, 10)
+        assert found is not None and found[0].state == "failed"
+        assert found[0] == store.queries.future("alice", second.position)
         last = asyncio.create_task(waiter.wait("alice", third.position, 60))
         await asyncio.sleep(0.05)
         await waiter.stop()
-        row = await asyncio.wait_for(last, 5)
-        assert row is not None and row.state == "pending", "stop wakes who waits"
-        row = await asyncio.wait_for(waiter.wait("alice", third.position, 60), 5)
-        assert row is not None and row.state == "pending"
+        found = await asyncio.wait_for(last, 5)
+        assert found is not None and found[0].state == "pending", "stop wakes who waits"
+        found = await asyncio.wait_for(waiter.wait("alice", third.position, 60), 5)
+        assert found is not None and found[0].state == "pending"
         assert waiter._waiting == {}
 
     asyncio.run(scenario())
@@ -183,9 +189,9 @@ def test_answers_of_another_process_wake_waiters(store: EventStore, database_set
         waiting = asyncio.create_task(waiter.wait("alice", asked.position, 20))
         await asyncio.sleep(0.05)
         await asyncio.to_thread(other.append, log.add_lora_completed(asked))
-        row = await asyncio.wait_for(waiting, 10)
+        found = await asyncio.wait_for(waiting, 10)
         await waiter.stop()
-        return row.result_position if row else None
+        return found[0].result_position if found else None
 
     assert asyncio.run(scenario()) == 2
     other.close()

@@ -3,13 +3,15 @@ it."""
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tinkerbell.api.auth import Gate
 from tinkerbell.api.doorbell import Doorbell
 from tinkerbell.config import Settings
 from tinkerbell.errors import Unavailable
 from tinkerbell.events.futures import FutureWaiter
+from tinkerbell.events.kinds import EnvironmentRecorded, Recorded, TenantConfigured
+from tinkerbell.events.rows import TenantRow
 from tinkerbell.events.store import EventStore
 from tinkerbell.types import ModelInfo, TenantId
 
@@ -55,9 +57,14 @@ class Context:
         self.stopping = asyncio.Event()
         """Set when the server is about to end: streams and long polls end by themselves."""
         self._scheduler_failed = scheduler_failed
+        self._model: ModelInfo | None = None
+        self._tenants: dict[TenantId, TenantRow] = {}
+        self._learning = threading.Lock()
+        self._unsubscribe: Callable[[], None] | None = None
 
     async def start(self) -> None:
         """Subscribe to the log."""
+        self._unsubscribe = await asyncio.to_thread(self.store.subscribe, self._learn)
         await self.waiter.start()
         await self.doorbell.start()
 
@@ -66,6 +73,8 @@ class Context:
         if self.stopping.is_set():
             return
         self.stopping.set()
+        if self._unsubscribe is not None:
+            self._unsubscribe()
         self.doorbell.stop()
         await self.waiter.stop()
 
@@ -74,8 +83,37 @@ class Context:
         return self._scheduler_failed() if self._scheduler_failed is not None else None
 
     def model(self) -> ModelInfo:
-        """The served model. Raises Unavailable until an executor has come up. Reads the database."""
-        environment = self.store.queries.environment()
-        if environment is None:
-            raise Unavailable("No executor has come up yet; try again shortly.", retry_after_s=RETRY_SOON_S)
-        return environment.model
+        """The served model. Raises Unavailable until an executor has come up. Reads the database the first time."""
+        model = self._model
+        if model is None:
+            environment = self.store.queries.environment()
+            if environment is None:
+                raise Unavailable("No executor has come up yet; try again shortly.", retry_after_s=RETRY_SOON_S)
+            model = environment.model
+            if self._unsubscribe is not None:
+                with self._learning:
+                    # What the log said meanwhile is newer than what was read.
+                    model = self._model = self._model or model
+        return model
+
+    def tenant(self, tenant: TenantId) -> TenantRow:
+        """Share and limits of a tenant. Reads the database the first time."""
+        known = self._tenants.get(tenant)
+        if known is None:
+            known = self.store.queries.tenant(tenant)
+            if self._unsubscribe is not None:
+                known = self._tenants.setdefault(tenant, known)
+        return known
+
+    def _learn(self, events: Sequence[Recorded]) -> None:
+        """On the store's tail thread."""
+        for recorded in events:
+            match recorded.event:
+                case EnvironmentRecorded(model=model):
+                    with self._learning:
+                        self._model = model
+                case TenantConfigured() as configured:
+                    limits = {name: getattr(configured, name) for name in configured.__struct_fields__}
+                    self._tenants[recorded.tenant] = TenantRow(tenant=recorded.tenant, **limits)
+                case _:
+                    pass

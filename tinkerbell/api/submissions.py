@@ -235,7 +235,7 @@ class Submitter:
         return row
 
     def _limits(self) -> admission.TenantLimits:
-        row = self._context.store.queries.tenant(self._tenant)
+        row = self._context.tenant(self._tenant)
         return admission.limits_of(
             self._context.settings.limits,
             max_requests=row.max_pending_requests,

@@ -1,6 +1,7 @@
 """Reads what admission needs to know, for a whole group of submits in a few queries."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -13,11 +14,35 @@ from tinkerbell.events.rules import AdapterFacts, LeaseFacts, Original, State, S
 from tinkerbell.events.tables import adapters, events, futures, leases, log_head, streams
 
 
+def _lookup(key: sa.Column[Any], *columns: sa.Column[Any]) -> sa.Select[*tuple[Any, ...]]:
+    """Rows whose `key` is among the bound values `keys`."""
+    return sa.select(*columns).where(key.in_(sa.bindparam("keys", expanding=True)))
+
+
+# Building a statement costs more than running it, so each is built once.
+_HEAD = sa.select(log_head.c.position)
+_LOCKED_HEAD = _HEAD.with_for_update()
+_STREAMS = _lookup(streams.c.stream, streams.c.stream, streams.c.version, streams.c.head_hash)
+_ORIGINALS = _lookup(events.c.idempotency_key, *events.c)
+_ADAPTERS = _lookup(
+    adapters.c.id, adapters.c.id, adapters.c.tenant, adapters.c.state, adapters.c.next_seq, adapters.c.done_seq
+)
+_CAUSES = _lookup(
+    futures.c.id,
+    futures.c.id,
+    futures.c.tenant,
+    futures.c.adapter,
+    futures.c.seq,
+    futures.c.kind,
+    futures.c.num_tokens,
+    futures.c.state,
+)
+_LEASES = _lookup(leases.c.resource, leases.c.resource, leases.c.holder, leases.c.epoch, leases.c.expires_us)
+
+
 def lock_head(connection: sa.Connection) -> int:
     """The last position, locked until the transaction ends: positions are given out in commit order."""
-    query = sa.select(log_head.c.position)
-    if connection.dialect.name != "sqlite":
-        query = query.with_for_update()
+    query = _HEAD if connection.dialect.name == "sqlite" else _LOCKED_HEAD
     position = connection.execute(query).scalar_one_or_none()
     if position is None:
         raise Corrupt("the table log_head is empty")
@@ -44,48 +69,35 @@ def read_state(
 
 
 def _streams(connection: sa.Connection, names: set[str]) -> dict[str, StreamHead]:
-    query = sa.select(streams.c.stream, streams.c.version, streams.c.head_hash)
     return {
         row.stream: StreamHead(row.version, row.head_hash)
         for part in in_parts(names)
-        for row in connection.execute(query.where(streams.c.stream.in_(part)))
+        for row in connection.execute(_STREAMS, {"keys": part})
     }
 
 
 def _originals(connection: sa.Connection, keys: set[str]) -> dict[tuple[str, str], Original]:
     found: dict[tuple[str, str], Original] = {}
     for part in in_parts(keys):
-        rows = connection.execute(sa.select(events).where(events.c.idempotency_key.in_(part))).mappings().all()
+        rows = connection.execute(_ORIGINALS, {"keys": part}).mappings().all()
         for row, recorded in zip(rows, decode_rows(connection, rows), strict=True):
             found[row["tenant"], row["idempotency_key"]] = Original(row["request_hash"], recorded)
     return found
 
 
 def _adapters(connection: sa.Connection, ids: set[str]) -> dict[str, AdapterFacts]:
-    columns = adapters.c
-    query = sa.select(columns.id, columns.tenant, columns.state, columns.next_seq, columns.done_seq)
     return {
         row.id: AdapterFacts(row.tenant, row.state, row.next_seq, row.done_seq)
         for part in in_parts(ids)
-        for row in connection.execute(query.where(columns.id.in_(part)))
+        for row in connection.execute(_ADAPTERS, {"keys": part})
     }
 
 
 def _causes(connection: sa.Connection, ids: set[int]) -> dict[int, Cause]:
-    columns = futures.c
-    query = sa.select(
-        columns.id,
-        columns.tenant,
-        columns.adapter,
-        columns.seq,
-        columns.kind,
-        columns.num_tokens,
-        columns.state,
-    )
     return {
         row.id: Cause(row.tenant, row.adapter, row.seq, row.kind, row.num_tokens, row.state != "pending")
         for part in in_parts(ids)
-        for row in connection.execute(query.where(columns.id.in_(part)))
+        for row in connection.execute(_CAUSES, {"keys": part})
     }
 
 
@@ -93,5 +105,5 @@ def _leases(connection: sa.Connection, resources: set[str]) -> dict[str, LeaseFa
     return {
         row.resource: LeaseFacts(row.holder, row.epoch, row.expires_us)
         for part in in_parts(resources)
-        for row in connection.execute(sa.select(leases).where(leases.c.resource.in_(part)))
+        for row in connection.execute(_LEASES, {"keys": part})
     }

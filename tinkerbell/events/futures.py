@@ -1,9 +1,11 @@
 """Waiting for the answer of a request, from asyncio: one subscription for a whole process."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from tinkerbell.events.kinds import Recorded, Result
+import msgspec
+
+from tinkerbell.events.kinds import Failed, Recorded, Result
 from tinkerbell.events.rows import FutureRow
 from tinkerbell.events.store import EventStore
 
@@ -13,7 +15,7 @@ class FutureWaiter:
 
     def __init__(self, store: EventStore) -> None:
         self._store = store
-        self._waiting: dict[int, set[asyncio.Future[None]]] = {}
+        self._waiting: dict[int, set[asyncio.Future[Recorded | None]]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._unsubscribe: Callable[[], None] | None = None
         self._stopped = False
@@ -28,21 +30,22 @@ class FutureWaiter:
         self._stopped = True
         if self._unsubscribe is not None:
             self._unsubscribe()
-        self._wake(list(self._waiting))
+        self._wake(dict.fromkeys(self._waiting))
 
-    async def wait(self, tenant: str, id: int, wait_s: float) -> FutureRow | None:
+    async def wait(self, tenant: str, id: int, wait_s: float) -> tuple[FutureRow, Recorded | None] | None:
         """The tenant's future once it is answered, or as it is after `wait_s` seconds or at `stop`; None if the
-        tenant has no such future."""
+        tenant has no such future. With it the answer, where it came while waiting."""
         assert self._loop is not None, "FutureWaiter.start was not called"
-        answered: asyncio.Future[None] = self._loop.create_future()
+        answered: asyncio.Future[Recorded | None] = self._loop.create_future()
         # Registered before the row is read: an answer in between is not missed.
         self._waiting.setdefault(id, set()).add(answered)
         try:
             row = await asyncio.to_thread(self._store.queries.future, tenant, id)
             if row is None or row.state != "pending" or wait_s <= 0 or self._stopped:
-                return row
+                return None if row is None else (row, None)
             done, _ = await asyncio.wait([answered], timeout=wait_s)
-            return await asyncio.to_thread(self._store.queries.future, tenant, id) if done else row
+            answer = answered.result() if done else None
+            return (row, None) if answer is None else (_answered(row, answer), answer)
         finally:
             answered.cancel()
             others = self._waiting.get(id)
@@ -53,12 +56,24 @@ class FutureWaiter:
 
     def _on_events(self, events: Sequence[Recorded]) -> None:
         """On the store's tail thread."""
-        ids = [item.causation for item in events if item.causation is not None and isinstance(item.event, Result)]
-        if ids and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._wake, ids)
+        answers = {item.causation: item for item in events if item.causation and isinstance(item.event, Result)}
+        if answers and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._wake, answers)
 
-    def _wake(self, ids: list[int]) -> None:
-        for id_ in ids:
+    def _wake(self, answers: Mapping[int, Recorded | None]) -> None:
+        for id_, answer in answers.items():
             for answered in self._waiting.get(id_, ()):
                 if not answered.done():
-                    answered.set_result(None)
+                    answered.set_result(answer)
+
+
+def _answered(row: FutureRow, answer: Recorded) -> FutureRow:
+    """The row as the answer's fold leaves it, without asking the database again."""
+    assert isinstance(answer.event, Result)
+    return msgspec.structs.replace(
+        row,
+        state="failed" if isinstance(answer.event, Failed) else "completed",
+        result_position=answer.position,
+        cost_us=answer.event.cost_us,
+        done_us=answer.at_us,
+    )

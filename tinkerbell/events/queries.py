@@ -53,6 +53,21 @@ def _with_json(values: RowMapping) -> dict[str, Any]:
     return {str(name): decoded.get(name, value) for name, value in values.items()}
 
 
+# What every request asks is built once: building a statement costs more than running it.
+_FUTURE = sa.select(*_columns(t.futures, FutureRow)).where(
+    t.futures.c.id == sa.bindparam("id"), t.futures.c.tenant == sa.bindparam("tenant")
+)
+_PENDING_COUNT = sa.select(
+    sa.func.count().label("requests"),
+    sa.cast(sa.func.coalesce(sa.func.sum(t.futures.c.num_tokens), 0), t.Big).label("tokens"),
+).where(t.futures.c.tenant == sa.bindparam("tenant"), sa.text(t.PENDING))
+_PLACE = sa.select(sa.func.count().label("before")).where(
+    t.futures.c.tenant == sa.bindparam("tenant"), t.futures.c.id < sa.bindparam("id"), sa.text(t.PENDING)
+)
+_TENANT = sa.select(*_columns(t.tenants, TenantRow)).where(t.tenants.c.tenant == sa.bindparam("tenant"))
+_NEWEST_ENVIRONMENT = sa.select(sa.func.max(t.environments.c.position))
+
+
 class Queries:
     """Answers as of the last commit."""
 
@@ -60,20 +75,19 @@ class Queries:
         self._engine = engine
         self._environment: tuple[int, kinds.EnvironmentRecorded] | None = None
 
-    def _all(self, query: sa.Select[*tuple[Any, ...]]) -> list[RowMapping]:
+    def _all(self, query: sa.Select[*tuple[Any, ...]], **values: Any) -> list[RowMapping]:
         with self._engine.connect() as connection:
-            return list(connection.execute(query).mappings())
+            return list(connection.execute(query, values).mappings())
 
-    def _first(self, query: sa.Select[*tuple[Any, ...]]) -> RowMapping | None:
-        rows = self._all(query)
+    def _first(self, query: sa.Select[*tuple[Any, ...]], **values: Any) -> RowMapping | None:
+        rows = self._all(query, **values)
         return rows[0] if rows else None
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
     def future(self, tenant: str, id: int) -> FutureRow | None:
         """A request of the tenant."""
-        c = t.futures.c
-        row = self._first(sa.select(*_columns(t.futures, FutureRow)).where(c.id == id, c.tenant == tenant))
+        row = self._first(_FUTURE, id=id, tenant=tenant)
         return _row(FutureRow, row) if row else None
 
     def pending(self, tenant: str | None = None) -> list[FutureRow]:
@@ -85,17 +99,13 @@ class Queries:
 
     def pending_count(self, tenant: str) -> tuple[int, int]:
         """(requests, tokens) of the tenant that wait for their answer."""
-        tokens = sa.cast(sa.func.coalesce(sa.func.sum(t.futures.c.num_tokens), 0), t.Big)
-        query = sa.select(sa.func.count().label("requests"), tokens.label("tokens"))
-        row = self._first(query.where(t.futures.c.tenant == tenant, sa.text(t.PENDING)))
+        row = self._first(_PENDING_COUNT, tenant=tenant)
         assert row is not None
         return row["requests"], row["tokens"]
 
     def place(self, tenant: str, id: int) -> int:
         """How many pending requests of the tenant were accepted before this one."""
-        c = t.futures.c
-        query = sa.select(sa.func.count().label("before")).where(c.tenant == tenant, c.id < id, sa.text(t.PENDING))
-        row = self._first(query)
+        row = self._first(_PLACE, tenant=tenant, id=id)
         assert row is not None
         return int(row["before"])
 
@@ -158,7 +168,7 @@ class Queries:
 
     def tenant(self, tenant: str) -> TenantRow:
         """Share and limits of the tenant; the defaults if they were never set."""
-        row = self._first(sa.select(*_columns(t.tenants, TenantRow)).where(t.tenants.c.tenant == tenant))
+        row = self._first(_TENANT, tenant=tenant)
         return _row(TenantRow, row) if row else TenantRow(tenant=tenant)
 
     def tenants(self) -> list[str]:
@@ -238,7 +248,7 @@ class Queries:
     def environment(self) -> kinds.EnvironmentRecorded | None:
         """The newest environment an executor came up in: it has what a caller must know of the served model."""
         with self._engine.connect() as connection:
-            newest = connection.execute(sa.select(sa.func.max(t.environments.c.position))).scalar()
+            newest = connection.execute(_NEWEST_ENVIRONMENT).scalar()
             if newest is None:
                 return None
             cached = self._environment

@@ -32,6 +32,10 @@ GROUP_EVENTS = 512
 """Most events in one transaction, unless a single submit has more."""
 GROUP_BYTES = 8 * 1024 * 1024
 
+_INSERT_EVENTS = events.insert()
+_INSERT_EVENT_BLOBS = event_blobs.insert()
+_MOVE_HEAD = log_head.update().values(position=sa.bindparam("head"))
+
 
 class BlobRef(msgspec.Struct, frozen=True):
     """A blob that is durable."""
@@ -256,10 +260,10 @@ def _insert(connection: sa.Connection, group: _Group) -> None:
             for digest, length in group.lengths.items()
         ]
         connection.execute(insert.on_conflict_do_nothing(), rows)
-    connection.execute(events.insert(), [item.row for item in group.admitted])
+    connection.execute(_INSERT_EVENTS, [item.row for item in group.admitted])
     if named:
         connection.execute(
-            event_blobs.insert(),
+            _INSERT_EVENT_BLOBS,
             [{"position": item.recorded.position, "name": name, "blob_hash": digest} for item, name, digest in named],
         )
     heads = {
@@ -273,7 +277,7 @@ def _insert(connection: sa.Connection, group: _Group) -> None:
     }
     upsert(connection, streams, list(heads.values()))
     project(connection, (change for item in group.admitted for change in fold(item.recorded, item.cause)))
-    connection.execute(log_head.update().values(position=group.state.position))
+    connection.execute(_MOVE_HEAD, {"head": group.state.position})
 
 
 def _as_ours(exc: Exception) -> Exception:

@@ -14,6 +14,7 @@ from tinkerbell.api.context import Context
 from tinkerbell.api.paging import MAX_POSITION, Limit
 from tinkerbell.api.problems import problems
 from tinkerbell.errors import Corrupt, NotFound
+from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.rows import FutureRow
 from tinkerbell.types import TenantId
 
@@ -25,17 +26,19 @@ After = Annotated[int, QueryParameter(ge=0, le=MAX_POSITION, description="Only t
 
 async def wait_for(context: Context, tenant: TenantId, future_id: int, wait_s: float) -> wire.Future:
     """The future, with its answer if there is one within `wait_s` seconds. Raises NotFound."""
-    row = await context.waiter.wait(tenant, future_id, wait_s) if 0 < future_id <= MAX_POSITION else None
-    if row is None:
+    found = await context.waiter.wait(tenant, future_id, wait_s) if 0 < future_id <= MAX_POSITION else None
+    if found is None:
         raise NotFound(f"There is no future {future_id}.")
-    return await asyncio.to_thread(_view, context, row)
+    return await asyncio.to_thread(_view, context, *found)
 
 
-def _view(context: Context, row: FutureRow) -> wire.Future:
+def _view(context: Context, row: FutureRow, result: Recorded | None) -> wire.Future:
     store = context.store
     if row.state == "pending":
         return views.future(row, place=store.queries.place(row.tenant, row.id))
-    if row.result_position is None or (result := store.get(row.result_position)) is None:
+    if result is None and row.result_position is not None:
+        result = store.get(row.result_position)
+    if result is None:
         raise Corrupt(f"future {row.id} is {row.state} and has no result")
     return views.answered(row, result, store.body(result))
 
