@@ -60,7 +60,8 @@ def make_engine(
     else:
         options |= {"pool_size": 8, "max_overflow": 24}
     if parsed.get_backend_name() == "sqlite":
-        engine = sa.create_engine(parsed, poolclass=sa.QueuePool, **options)
+        # Nothing to reset: a writer ends its transactions, a reader has none.
+        engine = sa.create_engine(parsed, poolclass=sa.QueuePool, pool_reset_on_return=None, **options)
         _prepare_sqlite(engine, role, durability)
     else:
         if role == "reader":

@@ -29,7 +29,11 @@ async def wait_for(context: Context, tenant: TenantId, future_id: int, wait_s: f
     found = await context.waiter.wait(tenant, future_id, wait_s) if 0 < future_id <= MAX_POSITION else None
     if found is None:
         raise NotFound(f"There is no future {future_id}.")
-    return await asyncio.to_thread(_view, context, *found)
+    row, result = found
+    if result is not None and "body" not in result.blobs:
+        # It came with its answer: nothing is left to read.
+        return _view(context, row, result)
+    return await asyncio.to_thread(_view, context, row, result)
 
 
 def _view(context: Context, row: FutureRow, result: Recorded | None) -> wire.Future:
