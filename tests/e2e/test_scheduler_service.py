@@ -372,7 +372,7 @@ def test_an_executor_that_dies_idle_is_replaced(store, serve):
 
 @on_sqlite
 def test_a_request_that_kills_the_executor_fails_alone(store, serve, monkeypatch, tmp_path):
-    service = serve(executor_options={"latency_us": "200000"})
+    service = serve(executor_options={"latency_us": "600000"})
     victim, killer = Asker(store, "victim", "ad_v"), Asker(store, "killer", "ad_k")
     for asker in (victim, killer):
         asker.add_lora()
