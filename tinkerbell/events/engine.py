@@ -95,6 +95,8 @@ def _prepare_sqlite(engine: sa.Engine, role: str, durability: str) -> None:
         # In WAL mode NORMAL does not sync at commit: the last acknowledged events could be lost with the power.
         level = "FULL" if durability == "full" else "NORMAL"
         pragmas += ["journal_mode=WAL", f"synchronous={level}", "foreign_keys=ON"]
+        # Copying the WAL back stalls the commit that does it by several syncs: seldom, and with the pages in memory.
+        pragmas += ["wal_autocheckpoint=8192", "cache_size=-65536"]
     else:
         pragmas += ["query_only=ON"]
 
