@@ -5,7 +5,7 @@ JSON, which an auditor queries with SQL); arrays travel beside it as the event's
 as named blobs. A new field needs a default; a new meaning needs a new `schema_version` and an upcaster in codec.py.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
@@ -484,6 +484,3 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True):
     """How the body is stored, inline or as a blob; None where there is none."""
     body_hash: str | None = None
     """sha256 (hex) of the body's stored bytes."""
-
-
-JSON = dict[str, Any]
