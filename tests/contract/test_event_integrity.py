@@ -1,9 +1,10 @@
 """Nothing in the log can change unnoticed, and the projections are what the log says. On SQLite and Postgres."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
+import msgspec
 import pytest
 import sqlalchemy as sa
 
@@ -179,20 +180,69 @@ def test_lost_and_changed_blobs_are_detected(store: EventStore, database_setting
         "DELETE FROM events WHERE position = 1",
         "UPDATE event_blobs SET name = 'x'",
         "DELETE FROM event_blobs",
-        "TRUNCATE events CASCADE",
-        "TRUNCATE event_blobs",
     ],
 )
 def test_the_log_is_append_only(store: EventStore, database_settings: Settings, statement: str) -> None:
     live(store)
-    engine = sa.create_engine(database_settings.url, poolclass=sa.NullPool)
-    with engine.connect() as connection:
-        # SQLite has no TRUNCATE; there the statement is refused as unknown.
-        refused = "append-only" if connection.dialect.name == "postgresql" or "TRUNCATE" not in statement else "syntax"
-        with pytest.raises(sa.exc.DBAPIError, match=refused):
-            connection.exec_driver_sql(statement)
-    engine.dispose()
+    refuse_as_append_only(database_settings, statement)
     store.check()
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("statement", ["TRUNCATE events CASCADE", "TRUNCATE event_blobs"])
+def test_postgres_empties_no_table_of_the_log(settings: Settings, postgres_url: str, statement: str) -> None:
+    settings = msgspec.structs.replace(settings, database_url=postgres_url)
+    with closing(EventStore.open(settings)) as store:
+        live(store)
+        refuse_as_append_only(settings, statement)
+        store.check()
+
+
+@pytest.mark.parametrize(
+    "same", ["position", "stream, stream_version", "tenant, idempotency_key", "causation", "position, name"]
+)
+def test_sqlite_replaces_nothing_of_the_log(sqlite_store: EventStore, settings: Settings, same: str) -> None:
+    """INSERT OR REPLACE deletes what is in its way, and no DELETE trigger hears of it."""
+    live(sqlite_store)
+    kept = {name.strip() for name in same.split(",")}
+    table = t.event_blobs if "name" in kept else t.events
+    other = {"position": "position + 1000", "stream_version": "stream_version + 1000", "causation": "NULL"}
+    other |= {"idempotency_key": "NULL", "blob_hash": "blob_hash"}
+    values = [other.get(c.name, c.name) if c.name not in kept else c.name for c in table.columns]
+    where = " AND ".join(f"{name} IS NOT NULL" for name in kept)
+    names = ", ".join(column.name for column in table.columns)
+    query = f"SELECT {', '.join(values)} FROM {table.name} WHERE {where} LIMIT 1"
+    refuse_as_append_only(settings, f"INSERT OR REPLACE INTO {table.name} ({names}) {query}")
+    sqlite_store.check()
+
+
+def refuse_as_append_only(settings: Settings, statement: str) -> None:
+    engine = sa.create_engine(settings.url, poolclass=sa.NullPool)
+    with engine.connect() as connection, pytest.raises(sa.exc.DBAPIError, match="append-only"):
+        connection.exec_driver_sql(statement)
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("statement", "invariant"),
+    [
+        ("UPDATE events SET created_us = created_us + 0.5 WHERE position = 3", "I3"),
+        ("UPDATE events SET seq = 'one' WHERE position = 3", "I3"),
+        ("UPDATE events SET body = 'text' WHERE body IS NOT NULL", "I14"),
+        ("DELETE FROM log_head", "I1"),
+        ("UPDATE blobs SET location = 'elsewhere'", "I14"),
+        ("UPDATE blobs SET hash = CAST(length AS TEXT)", "I14"),
+    ],
+)
+def test_values_that_no_event_can_have_are_corrupt_and_no_accident(
+    sqlite_store: EventStore, settings: Settings, statement: str, invariant: str
+) -> None:
+    live(sqlite_store)
+    with as_owner(settings) as connection:
+        connection.exec_driver_sql(statement)
+    with pytest.raises(Corrupt) as error:
+        sqlite_store.check()
+    assert error.value.extra["invariant"] == invariant
 
 
 def test_the_database_itself_refuses_a_second_result(store: EventStore, database_settings: Settings) -> None:

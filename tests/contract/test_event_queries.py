@@ -80,9 +80,6 @@ def test_adapters_and_checkpoints(store: EventStore) -> None:
     assert [c.id for c in q.checkpoints("alice")] == ["ck_one"]
     assert [c.id for c in q.checkpoints("alice", "ad_one", kind=None)] == ["ck_one", "ck_rec"]
     assert q.checkpoints("alice", "ad_other") == []
-    newest = q.latest_checkpoint("ad_one", 3)
-    assert newest is not None and newest.id == "ck_rec", "of two at one place the newer"
-    assert q.latest_checkpoint("ad_one", 2) is None
 
 
 def test_keys_tenants_and_environment(store: EventStore) -> None:

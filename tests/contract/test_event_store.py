@@ -2,7 +2,9 @@
 
 import os
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import msgspec
 import pytest
@@ -22,7 +24,9 @@ from tinkerbell.errors import (
 )
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import NewEvent, Recorded
+from tinkerbell.events.statements import Statements
 from tinkerbell.events.store import EventStore
+from tinkerbell.events.writer import Writer
 from tinkerbell.types import LossSpec
 
 
@@ -279,14 +283,14 @@ def test_an_error_of_the_database_in_one_submit_is_not_the_others(
     store: EventStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready(store)
-    original = sa.Connection.execute
+    original = Statements.insert
 
-    def poisoned(self: sa.Connection, statement: object, parameters: object = None, **options: object) -> object:
-        if isinstance(parameters, list) and any(row.get("adapter") == "ad_poison" for row in parameters):
-            raise sa.exc.DataError("INSERT", {}, ValueError("it does not fit"))
-        return original(self, statement, parameters, **options)  # type: ignore[call-overload]
+    def poisoned(self: Statements, table: sa.Table, rows: Sequence[Any], *more: Any) -> None:
+        if any(row.get("adapter") == "ad_poison" for row in rows):
+            raise store._write_engine.dialect.loaded_dbapi.DataError("it does not fit")
+        original(self, table, rows, *more)
 
-    monkeypatch.setattr(sa.Connection, "execute", poisoned)
+    monkeypatch.setattr(Statements, "insert", poisoned)
     futures = [store.submit(log.add_lora("ad_poison" if n == 5 else f"ad_{n}")) for n in range(10)]
     for number, future in enumerate(futures):
         if number == 5:
@@ -316,6 +320,32 @@ def test_a_commit_that_fails_after_it_happened_is_not_done_twice(
     assert broken.is_set()
     assert store.read(recorded.position - 1) == [recorded]
     assert store.check().num_requests == 2
+
+
+def test_a_commit_that_nobody_knows_of_is_never_made_again(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database is away between the commit and the question what became of it."""
+    ready(store)
+    commit, is_durable = sa.RootTransaction.commit, Writer._is_durable
+    before = store.head()
+
+    def commit_and_lose(self: sa.RootTransaction) -> None:
+        commit(self)
+        raise sa.exc.OperationalError("COMMIT", {}, ConnectionError("the connection is gone"))
+
+    def still_away(*_: object) -> bool:
+        monkeypatch.setattr(sa.RootTransaction, "commit", commit)
+        monkeypatch.setattr(Writer, "_is_durable", is_durable)
+        raise sa.exc.OperationalError("SELECT", {}, ConnectionError("it restarts"))
+
+    hold_the_writer = store.submit(log.forward_backward())
+    monkeypatch.setattr(sa.RootTransaction, "commit", commit_and_lose)
+    monkeypatch.setattr(Writer, "_is_durable", still_away)
+    futures = [hold_the_writer, *(store.submit(log.forward_backward()) for _ in range(20))]
+    failed = [future.exception() for future in futures]
+    unknown = [exc for exc in failed if exc is not None]
+    assert unknown and all(isinstance(exc, Unavailable) for exc in unknown)
+    assert store.head() == before + len(futures), "each of them once, whatever its submitter was told"
+    store.check()
 
 
 def test_a_commit_that_did_not_happen_is_an_error(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:

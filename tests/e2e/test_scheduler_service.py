@@ -547,3 +547,27 @@ def test_from_request_to_result_takes_three_commits_and_little_else(store, serve
 RESULTS = [kinds.type_of(cls) for cls in kinds.Result.__subclasses__() if cls is not kinds.Failed] + [
     kinds.type_of(cls) for cls in kinds.FAILED.values()
 ]
+
+
+def test_requests_that_race_with_the_removal_of_their_adapter_are_all_answered(store, serve) -> None:
+    service = serve()
+    for number in range(8):
+        asker = Asker(store, "alice", f"ad_{number}")
+        asker.add_lora()
+        asker.answers()
+
+        def ask_until_it_is_gone(asker: Asker = asker) -> None:
+            while True:
+                try:
+                    asker.step()
+                except NotFound:
+                    return
+
+        askers = [threading.Thread(target=ask_until_it_is_gone) for _ in range(3)]
+        for thread in askers:
+            thread.start()
+        asker.remove()
+        for thread in askers:
+            thread.join(30)
+        assert len(asker.answers()) >= 5
+        assert service.failed is None

@@ -74,7 +74,7 @@ def test_the_chain_is_the_one_of_the_first_release() -> None:
     row |= {"position": 1, "stream": "adapter/ad_one", "stream_version": 0, "type": "optim_step.requested"}
     row |= {"schema_version": 1, "tenant": "alice", "data": "{}", "num_blobs": 1, "created_us": 1_700_000_000_000_000}
     digest = link(GENESIS, row, {"weights": b"\2" * 32})
-    assert digest.hex() == "3ba54cc0f582ea8767b2d4ada2ec575ca36344ae85c07ec44b5d2c260d096e04"
+    assert digest.hex() == "1a1e7c698582f9bcba08324c67ca9bfe0cf4790f6dc45487810d8a8418f765df"
 
 
 if __name__ == "__main__":

@@ -236,6 +236,29 @@ def test_requests_to_an_ended_adapter_are_orphans_until_the_log_knows():
     assert pending.orphans() == []
 
 
+@pytest.mark.parametrize("asked_before_the_end", [False, True])
+@pytest.mark.parametrize("num_before", [0, 1, 2])
+@pytest.mark.parametrize("num_after", [0, 1, 2])
+def test_whatever_the_log_accepted_before_an_adapter_ended_is_answered(asked_before_the_end, num_before, num_after):
+    """The executor removes the adapter, requests come in, the result is written, the scheduler looks: in any
+    order."""
+    pending, log = Pending(), Log()
+    remove = asked(pending, log, "remove_lora")
+    reason = Reason("user", "not-found", "gone")
+    waiting = [asked(pending, log, "sample") for _ in range(num_before)]
+    if not asked_before_the_end:
+        pending.finish(remove)
+        pending.end("t", "a", reason)
+    waiting += [asked(pending, log, "optim_step") for _ in range(num_after)]
+    if asked_before_the_end:
+        pending.finish(remove)
+        pending.end("t", "a", reason)
+    pending.absorb(log(kinds.RemoveLoraCompleted(), causation=remove.position))
+    assert pending.orphans() == ([("t", "a", reason)] if waiting else [])
+    assert pending.drop("t", "a") == waiting
+    assert pending.orphans() == [] and len(pending) == 0
+
+
 def test_events_known_already_are_ignored():
     pending, log = Pending(after=2), Log()
     assert pending.absorb(log(REQUESTS["sample"])) is None

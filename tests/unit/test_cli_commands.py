@@ -244,3 +244,52 @@ def test_top_without_a_server(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([command, "--help"]) == 0
     assert f"tinkerbell {command}" in capsys.readouterr().out.partition("Usage:")[2].partition("\n")[2]
+
+
+def test_a_limit_goes_back_to_the_servers_setting(cli: Cli) -> None:
+    cli("db", "upgrade")
+    status, out, _ = cli("tenants", "set", "alice", "--max-adapters", "3", "--json")
+    assert (status, json.loads(out)["max_adapters"]) == (0, 3)
+    status, out, _ = cli("tenants", "set", "alice", "--max-adapters", "default", "--json")
+    assert (status, json.loads(out)["max_adapters"]) == (0, None)
+    assert cli("tenants", "set", "alice", "--max-adapters", "few")[0] == 2
+
+
+def test_changes_say_what_they_did_as_json(cli: Cli) -> None:
+    assert json.loads(cli("db", "upgrade", "--json")[1])["schema"] == "current"
+    key_id = json.loads(cli("keys", "create", "alice", "--json")[1])["key_id"]
+    assert json.loads(cli("keys", "revoke", key_id, "--json")[1]) == {
+        "key_id": key_id,
+        "tenant": "alice",
+        "revoked": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        (("tenants", "set", "alice", "--max-adapters", "99999999999999999999"), 2),
+        (("audit", "events", "ad_a", "--after", "99999999999999999999"), 2),
+        (("keys", "create", "alice", "--note", "\udcff"), 1),
+        (("db", "upgrade", "--database-url", "sqlite:////dev/null/no/tinkerbell.db"), 1),
+        (("db", "status", "--database-url", "postgresql://nobody@127.0.0.1:9/none"), 1),
+        (("db", "upgrade", "--database-url", "postgresql://nobody@127.0.0.1:9/none"), 1),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_no_traceback(cli: Cli, command: tuple[str, ...], status: int) -> None:
+    cli("db", "upgrade")
+    ended, out, err = cli(*command)
+    assert (ended, out) == (status, "")
+    assert err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", [("db", "status"), ("db", "upgrade"), ("audit", "verify"), ("usage",)])
+def test_a_file_that_is_no_database_is_one_line_and_stays_as_it_is(
+    cli: Cli, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    path = tmp_path / "notes.db"
+    path.write_text("these are no tables, " * 1000)
+    ended, _, err = cli(*command, "--database-url", f"sqlite:///{path}")
+    assert ended == 1
+    assert err and "Traceback" not in err
+    assert path.read_text().startswith("these are no tables")

@@ -4,7 +4,7 @@ import pytest
 
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import Recorded
-from tinkerbell.scheduler.recovery import completed_tail, last_marks
+from tinkerbell.scheduler.recovery import Recovery, completed_tail, last_marks
 from tinkerbell.types import AdamParams, LoraConfig, LossSpec
 
 LORA = LoraConfig()
@@ -72,3 +72,29 @@ def test_only_what_had_an_effect_is_executed_again():
     tail = completed_tail(log)
     assert [r.position for r in tail.requests] == [1, 3, 4]
     assert tail.digests == {3: "d1", 4: None}
+
+
+class _Log:
+    """Reads backwards from a list, and counts."""
+
+    def __init__(self, events: list[Recorded]) -> None:
+        self.events = events
+        self.num_read = 0
+
+    def read_back(self, *, before: int | None, limit: int, adapter: str, types: object) -> list[Recorded]:
+        found = [event for event in self.events if before is None or event.position < before][-limit:][::-1]
+        self.num_read += len(found)
+        return found
+
+
+def test_where_to_begin_is_found_from_the_end_however_long_the_run():
+    events = [recorded(2, MADE, 1)]
+    for step in range(3000):
+        events.append(recorded(10 + 4 * step, STEPPED, 9 + 4 * step))
+        if step % 500 == 0:
+            # Recovery points are written some steps later than the state they hold.
+            events.append(recorded(10 + 4 * step + 2, WRITTEN, 9 + 4 * max(0, step - 3)))
+    log = _Log(events)
+    found = Recovery(log, 1000)._find("a")  # type: ignore[arg-type]
+    assert found == last_marks(events)
+    assert log.num_read < 600

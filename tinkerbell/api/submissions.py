@@ -10,7 +10,6 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable
-from concurrent.futures import Future as Pending
 from typing import Any
 
 import msgspec
@@ -29,7 +28,7 @@ RECENT_S = 60.0
 
 _LIVING = ("pending", "ready")
 
-Accepted = Pending[list[kinds.Recorded]]
+Accepted = asyncio.Future[list[kinds.Recorded]]
 """Done when the event is committed."""
 
 
@@ -171,20 +170,28 @@ class Submitter:
                 retry_after_s=10.0,
             )
 
+        loop = asyncio.get_running_loop()
+
         def prepare() -> tuple[Accepted, int, int]:
             made = draft(context.model())
             new = self._envelope(kind, adapter, made, path_id)
             held_requests, held_tokens = context.in_flight.hold(self._tenant, made.tokens)
             try:
                 place = self._admit(made.tokens, held_requests, held_tokens)
-                return context.store.submit(new), made.tokens, place
+                return context.store.submit_from(loop, new), made.tokens, place
             except BaseException:
                 context.in_flight.release(self._tenant, made.tokens)
                 raise
 
-        accepted, tokens, place = await asyncio.to_thread(prepare)
+        preparing = asyncio.ensure_future(asyncio.to_thread(prepare))
         try:
-            (recorded,) = await asyncio.wrap_future(accepted)
+            accepted, tokens, place = await asyncio.shield(preparing)
+        except asyncio.CancelledError:
+            # The caller is gone, the thread goes on: what it will hold must not be held for ever.
+            preparing.add_done_callback(self._abandon)
+            raise
+        try:
+            (recorded,) = await accepted
         except NotFound as error:
             raise (validation.no_adapter(path_id) if path_id is not None else error) from error
         finally:
@@ -192,6 +199,14 @@ class Submitter:
         # An idempotent replay gives the first event back, whose place in the line is not this one.
         first = recorded.correlation == caller.correlation
         return views.submitted(recorded, place if first else None)
+
+    def _abandon(self, prepared: "asyncio.Future[tuple[Accepted, int, int]]") -> None:
+        """Let go of what was held for a request that nobody waits for any more, once it is written or refused."""
+        if prepared.cancelled() or prepared.exception() is not None:
+            return
+        accepted, tokens, _ = prepared.result()
+        accepted.add_done_callback(lambda done: done.cancelled() or done.exception())
+        accepted.add_done_callback(lambda _: self._context.in_flight.release(self._tenant, tokens))
 
     def _envelope(self, kind: str, adapter: AdapterId | None, made: Draft, path_id: AdapterId | None) -> kinds.NewEvent:
         caller = self._caller

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from tinkerbell.cli.options import json_option, log_options, open_store, print_json, print_table, when
+from tinkerbell.cli.options import MAX_INTEGER, json_option, log_options, open_store, print_json, print_table, when
 from tinkerbell.errors import Corrupt, NotFound
 
 PAGE = 1000
@@ -55,7 +55,9 @@ def verify_log(config: Path | None, data_dir: str | None, database_url: str | No
 
 @audit.command()
 @click.argument("adapter_id")
-@click.option("--after", type=click.IntRange(min=0), default=0, help="Only events after this position.")
+@click.option(
+    "--after", type=click.IntRange(min=0, max=MAX_INTEGER), default=0, help="Only events after this position."
+)
 @log_options
 @json_option
 def events(

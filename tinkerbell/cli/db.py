@@ -19,7 +19,8 @@ def db() -> None:
 
 @db.command()
 @log_options
-def upgrade(config: Path | None, data_dir: str | None, database_url: str | None) -> None:
+@json_option
+def upgrade(config: Path | None, data_dir: str | None, database_url: str | None, as_json: bool) -> None:
     """Bring the schema to this release's; makes the database's tables if there are none.
 
     \b
@@ -30,7 +31,10 @@ def upgrade(config: Path | None, data_dir: str | None, database_url: str | None)
 
     settings = settings_of(config, data_dir=data_dir, database_url=database_url)
     schema.upgrade(settings.url)
-    click.echo(f"{shown(settings.url)} is at this release's schema.")
+    if as_json:
+        print_json({"url": shown(settings.url), "schema": "current"})
+    else:
+        click.echo(f"{shown(settings.url)} is at this release's schema.")
 
 
 @db.command()

@@ -132,7 +132,8 @@ def list_keys(
 @keys.command()
 @click.argument("key_id")
 @log_options
-def revoke(key_id: str, config: Path | None, data_dir: str | None, database_url: str | None) -> None:
+@json_option
+def revoke(key_id: str, config: Path | None, data_dir: str | None, database_url: str | None, as_json: bool) -> None:
     """Revoke KEY_ID: it opens nothing from now on.
 
     \b
@@ -149,4 +150,7 @@ def revoke(key_id: str, config: Path | None, data_dir: str | None, database_url:
             store.append(NewEvent(event=KeyRevoked(key_id=key_id), tenant=key.tenant, stream=f"tenant/{key.tenant}"))
     finally:
         store.close()
-    click.echo(f"{key_id} of {key.tenant} is revoked.")
+    if as_json:
+        print_json({"key_id": key_id, "tenant": key.tenant, "revoked": True})
+    else:
+        click.echo(f"{key_id} of {key.tenant} is revoked.")

@@ -71,10 +71,22 @@ def run(args: list[str] | None = None) -> int:
             f"{exc.name}; install with: pip install 'tinkerbell-server[server]'",
         )
         return 1
+    except UnicodeEncodeError as exc:
+        fail("Text that is not Unicode.", f"{exc.object!r} cannot be written.")
+        return 1
     except BrokenPipeError:
         # The reader (`head`, `less`) has seen enough; nothing may be written at interpreter exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except OSError as exc:
+        fail("The operating system refused.", str(exc))
+        return 1
+    except Exception as exc:
+        # Its package is loaded only by commands that look at a log.
+        if (database := sys.modules.get("sqlalchemy.exc")) is None or not isinstance(exc, database.SQLAlchemyError):
+            raise
+        fail("The database cannot be used.", str(getattr(exc, "orig", None) or exc).strip())
+        return 1
     return result if isinstance(result, int) else 0
 
 

@@ -17,6 +17,9 @@ from tinkerbell.errors import InvalidRequest
 if TYPE_CHECKING:
     from tinkerbell.events.store import EventStore
 
+MAX_INTEGER = 2**63 - 1
+"""The largest that a database holds."""
+
 PIPE_WIDTH = 400
 """Columns of a table that no terminal shows."""
 

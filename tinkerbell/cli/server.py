@@ -1,6 +1,7 @@
 """One server process: store, scheduler and HTTP edge started in that order and ended within seconds."""
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -150,6 +151,9 @@ class Server:
 
     def _announce(self, url: str | None) -> None:
         assert self._store is not None
+        # What was loaded so far stays for good: a full collection need not look through it, tens of milliseconds.
+        gc.collect()
+        gc.freeze()
         click.echo(banner(self._settings, self._role, url, self._store))
         if self._ready_file is not None:
             # Renamed into place, so that whoever waits for it never reads half of it.

@@ -2,14 +2,27 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import click
-import msgspec
 
 from tinkerbell.cli.keys import TENANT
-from tinkerbell.cli.options import json_option, log_options, open_store, print_json, print_table
+from tinkerbell.cli.options import MAX_INTEGER, json_option, log_options, open_store, print_json, print_table
 
-COUNT = click.IntRange(min=0)
+
+class Count(click.ParamType[int | str]):
+    """A number of things, or `default`."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        return value if value == DEFAULT else COUNT.convert(value, param, ctx)
+
+
+DEFAULT = "default"
+"""Gives a limit back to the server's settings."""
+COUNT = click.IntRange(min=0, max=MAX_INTEGER)
+LIMIT = Count()
 
 
 @click.group()
@@ -29,24 +42,27 @@ def tenants() -> None:
     type=click.FloatRange(min=0.001, max=1000),
     help="Share of the accelerator, relative to others' 1.",
 )
-@click.option("--max-pending-requests", type=COUNT, help="Requests that may wait.")
-@click.option("--max-pending-tokens", type=COUNT, help="Tokens that may wait.")
-@click.option("--max-adapters", type=COUNT, help="Living adapters.")
+@click.option("--max-pending-requests", type=LIMIT, help="Requests that may wait, or `default`: the server's setting.")
+@click.option("--max-pending-tokens", type=LIMIT, help="Tokens that may wait, or `default`.")
+@click.option("--max-adapters", type=LIMIT, help="Living adapters, or `default`.")
 @log_options
+@json_option
 def set_tenant(
     tenant: str,
     weight: float | None,
-    max_pending_requests: int | None,
-    max_pending_tokens: int | None,
-    max_adapters: int | None,
+    max_pending_requests: int | str | None,
+    max_pending_tokens: int | str | None,
+    max_adapters: int | str | None,
     config: Path | None,
     data_dir: str | None,
     database_url: str | None,
+    as_json: bool,
 ) -> None:
     """Set TENANT's share and limits; what is not named stays as it is.
 
     \b
     tinkerbell tenants set alice --weight 2 --max-pending-requests 200
+    tinkerbell tenants set alice --max-pending-requests default
     """
     from tinkerbell.events.kinds import NewEvent, TenantConfigured
 
@@ -58,7 +74,7 @@ def set_tenant(
     }
     if weight is not None and not math.isfinite(weight):
         raise click.UsageError("A weight is a finite number.")
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes = {name: None if value == DEFAULT else value for name, value in given.items() if value is not None}
     if not changes:
         raise click.UsageError("Nothing to set; see --help.")
     store = open_store(config, data_dir, database_url)
@@ -68,10 +84,12 @@ def set_tenant(
         store.append(NewEvent(event=event, tenant=tenant, stream=f"tenant/{tenant}"))
     finally:
         store.close()
-    click.echo(
-        f"{tenant}: "
-        + ", ".join(f"{name} = {value}" for name, value in msgspec.to_builtins(event).items() if name in given)
-    )
+    values = {name: getattr(event, name) for name in given}
+    if as_json:
+        print_json({"tenant": tenant, **values})
+    else:
+        shown = {name: DEFAULT if value is None else value for name, value in values.items()}
+        click.echo(f"{tenant}: " + ", ".join(f"{name} = {value}" for name, value in shown.items()))
 
 
 @tenants.command(name="list")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import click
+import msgspec
 from rich.bar import Bar
 from rich.console import Console, Group
 from rich.live import Live
@@ -12,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tinkerbell import wire
-from tinkerbell.cli.options import json_option, print_json
+from tinkerbell.cli.options import json_option
 
 RECENT_S = 60.0
 """What the server means by recent."""
@@ -40,6 +41,8 @@ def top(url: str | None, api_key: str | None, interval_s: float, mine: bool, onc
     tinkerbell top
     tinkerbell top --mine
     tinkerbell top --once --json
+
+    With --json one object a line.
     """
     from tinkerbell.sdk.client import Client
     from tinkerbell.sdk.retry import RetryPolicy
@@ -48,7 +51,7 @@ def top(url: str | None, api_key: str | None, interval_s: float, mine: bool, onc
         look = partial(client.queue, all_tenants=not mine)
         if as_json:
             for queue in looks(look, interval_s, once):
-                print_json(queue)
+                click.echo(msgspec.json.encode(queue))
             return
         console = Console()
         if once:

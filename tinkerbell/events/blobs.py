@@ -34,7 +34,7 @@ class BlobStore:
         """
         digest = hashlib.sha256(data)
         target = self.path(digest.hexdigest())
-        if target.exists() and target.stat().st_size == len(data):
+        if self._has(target, data):
             self._sync_path(target)
             return digest.digest()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +52,13 @@ class BlobStore:
             raise
         self._sync_path(target)
         return digest.digest()
+
+    def _has(self, target: Path, data: bytes) -> bool:
+        """Whether the blob is there and whole: one that has rotted is written again."""
+        try:
+            return target.stat().st_size == len(data) and target.read_bytes() == data
+        except FileNotFoundError:
+            return False
 
     def get(self, digest: str) -> bytes:
         """The bytes with this hash (hex). Raises Corrupt when they are missing or changed."""

@@ -35,7 +35,8 @@ class Contents:
             _refuse(row["position"], f"it names {row['num_blobs']} blobs, there are {len(named)}")
         self._num_names += len(named)
         if row["body"] is not None:
-            if hashlib.sha256(row["body"]).digest() != row["body_hash"]:
+            # SQLite would let somebody put text into a column of bytes.
+            if not isinstance(row["body"], bytes) or hashlib.sha256(row["body"]).digest() != row["body_hash"]:
                 _refuse(row["position"], "its body has other bytes than were written")
         elif row["body_hash"] is not None and named.get("body") != row["body_hash"]:
             _refuse(row["position"], "its body is missing")
@@ -51,12 +52,12 @@ class Contents:
         num_names = connection.execute(sa.select(sa.func.count()).select_from(t.event_blobs)).scalar_one()
         if num_names != self._num_names:
             raise Corrupt(f"I13: {num_names - self._num_names} blob names belong to no event", invariant="I13")
-        stored = {row.hash: row.length for row in connection.execute(sa.select(t.blobs))}
-        if stored != self._lengths:
-            wrong = min(
-                key for key in stored.keys() | self._lengths.keys() if stored.get(key) != self._lengths.get(key)
-            )
-            raise Corrupt(f"I14: blob {wrong.hex()} is not in the table as it is in the store", invariant="I14")
+        stored = {row.hash: (row.length, row.location) for row in connection.execute(sa.select(t.blobs))}
+        read = {digest: (length, "file") for digest, length in self._lengths.items()}
+        if stored != read:
+            wrong = min((key for key in stored.keys() | read.keys() if stored.get(key) != read.get(key)), key=repr)
+            name = wrong.hex() if isinstance(wrong, bytes) else repr(wrong)
+            raise Corrupt(f"I14: blob {name} is not in the table as it is in the store", invariant="I14")
 
 
 def _refuse(position: int, why: str) -> NoReturn:

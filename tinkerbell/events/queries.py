@@ -140,18 +140,6 @@ class Queries:
             query = query.where(c.kind == kind)
         return [msgspec.convert(_with_json(row), CheckpointRow) for row in self._all(query)]
 
-    def latest_checkpoint(self, adapter: str, up_to_seq: int) -> CheckpointRow | None:
-        """The adapter's checkpoint of any kind with the highest after_seq that is at most `up_to_seq`."""
-        c = t.checkpoints.c
-        query = (
-            sa.select(*_columns(t.checkpoints, CheckpointRow))
-            .where(c.adapter == adapter, c.after_seq <= up_to_seq)
-            .order_by(c.after_seq.desc(), c.position.desc())
-            .limit(1)
-        )
-        row = self._first(query)
-        return msgspec.convert(_with_json(row), CheckpointRow) if row else None
-
     # ---- tenants and keys --------------------------------------------------------------------------------------------
 
     def key(self, key_id: str) -> KeyRow | None:

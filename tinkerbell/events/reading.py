@@ -44,6 +44,17 @@ def page(
     return decode_rows(connection, rows)
 
 
+def page_back(
+    connection: sa.Connection, before: int | None, limit: int, *, adapter: str, types: Collection[str]
+) -> list[Recorded]:
+    """Events of an adapter with a position below `before`, newest first, at most `limit`."""
+    query = sa.select(events).where(events.c.adapter == adapter, events.c.type.in_(sorted(types)))
+    if before is not None:
+        query = query.where(events.c.position < before)
+    rows = connection.execute(query.order_by(events.c.position.desc()).limit(limit)).mappings().all()
+    return decode_rows(connection, rows)
+
+
 def at_positions(connection: sa.Connection, positions: Collection[int]) -> list[Recorded]:
     """The events at these positions, by position."""
     found: list[Recorded] = []

@@ -96,7 +96,8 @@ class Admitted(msgspec.Struct, frozen=True):
 
 
 def admit(state: State, prepared: Prepared, blobs: dict[str, bytes], now_us: int) -> Admitted | Recorded:
-    """The event's place in the log, or the earlier event that has its idempotency key.
+    """The event's place in the log, or the earlier event that has its idempotency key. A refused event leaves the
+    state as it is.
 
     Raises NotFound, Conflict, IdempotencyConflict, SequenceConflict, AlreadyAnswered, Fenced.
     """
@@ -105,17 +106,24 @@ def admit(state: State, prepared: Prepared, blobs: dict[str, bytes], now_us: int
     if original is not None:
         return original
     _check_fence(state, new)
-    seq, cause = None, None
+    seq, cause, facts = None, None, None
     match new.event:
         case kinds.Request():
-            seq = _admit_request(state, new, new.event)
+            seq, facts = _admit_request(state, new, new.event)
         case kinds.Result():
-            cause = _admit_result(state, new, new.event)
+            cause, facts = _admit_result(state, new, new.event)
         case kinds.LeaseGranted():
-            _admit_lease(state, new.event)
+            _check_lease(state, new.event)
         case _:
             pass
-    return _place(state, prepared, blobs, seq, cause, now_us)
+    admitted = _place(state, prepared, blobs, seq, cause, now_us)
+    if new.adapter is not None and facts is not None:
+        state.adapters[new.adapter] = facts
+    if new.causation is not None and cause is not None:
+        state.causes[new.causation] = msgspec.structs.replace(cause, answered=True)
+    if isinstance(new.event, kinds.LeaseGranted):
+        state.leases[new.event.resource] = LeaseFacts(new.event.holder, new.event.epoch, 0)
+    return admitted
 
 
 def _original(state: State, new: NewEvent) -> Recorded | None:
@@ -138,12 +146,13 @@ def _check_fence(state: State, new: NewEvent) -> None:
         raise Fenced(f"epoch {epoch} of the lease {resource} is over; it is at {lease.epoch if lease else 0}")
 
 
-def _admit_request(state: State, new: NewEvent, event: kinds.Request) -> int | None:
+def _admit_request(state: State, new: NewEvent, event: kinds.Request) -> tuple[int | None, AdapterFacts | None]:
+    """The seq that it gets, and what is then known of its adapter."""
     kind = kinds.kind_of(event)
     if new.adapter is None:
         if kind not in kinds.SAMPLE_KINDS:
             raise TypeError(f"{kind} needs an adapter")
-        return None
+        return None, None
     facts = state.adapters.get(new.adapter)
     if isinstance(event, kinds.AddLoraRequested):
         if facts is not None:
@@ -153,17 +162,17 @@ def _admit_request(state: State, new: NewEvent, event: kinds.Request) -> int | N
         # One text for all three: nobody learns which ids others have.
         raise NotFound("there is no such adapter")
     if kind in kinds.SAMPLE_KINDS:
-        return None
+        return None, None
     if new.expected_seq is not None and new.expected_seq != facts.next_seq:
         raise SequenceConflict(
             f"seq {new.expected_seq} was given; the adapter's next one is {facts.next_seq}",
             next_seq=facts.next_seq,
         )
-    state.adapters[new.adapter] = msgspec.structs.replace(facts, next_seq=facts.next_seq + 1)
-    return facts.next_seq
+    return facts.next_seq, msgspec.structs.replace(facts, next_seq=facts.next_seq + 1)
 
 
-def _admit_result(state: State, new: NewEvent, event: kinds.Result) -> Cause:
+def _admit_result(state: State, new: NewEvent, event: kinds.Result) -> tuple[Cause, AdapterFacts | None]:
+    """The request that it answers, and what is then known of its adapter."""
     cause = state.causes.get(new.causation or 0)
     if (
         cause is None
@@ -173,9 +182,8 @@ def _admit_result(state: State, new: NewEvent, event: kinds.Result) -> Cause:
         raise NotFound(f"there is no request {new.causation} that this answers")
     if cause.answered:
         raise AlreadyAnswered(f"request {new.causation} has its result")
-    state.causes[new.causation] = msgspec.structs.replace(cause, answered=True)
     if cause.adapter is None:
-        return cause
+        return cause, None
     facts = state.adapters[cause.adapter]
     if cause.seq is not None:
         due = facts.done_seq + 1
@@ -191,16 +199,14 @@ def _admit_result(state: State, new: NewEvent, event: kinds.Result) -> Cause:
             facts = msgspec.structs.replace(facts, state="removed")
         case _:
             pass
-    state.adapters[cause.adapter] = facts
-    return cause
+    return cause, facts
 
 
-def _admit_lease(state: State, event: kinds.LeaseGranted) -> None:
+def _check_lease(state: State, event: kinds.LeaseGranted) -> None:
     lease = state.leases.get(event.resource)
     epoch = lease.epoch if lease else 0
     if event.epoch != epoch + 1:
         raise Fenced(f"the lease {event.resource} is at epoch {epoch}; {event.epoch} is not the next")
-    state.leases[event.resource] = LeaseFacts(event.holder, event.epoch, 0)
 
 
 def _place(

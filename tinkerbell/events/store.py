@@ -1,18 +1,21 @@
 """The event store: append (atomic, idempotent, fenced), read, subscribe, leases. Synchronous and thread-safe."""
 
-from collections.abc import Callable, Collection
+import asyncio
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import sqlalchemy as sa
 
 from tinkerbell.config import Settings
 from tinkerbell.errors import Corrupt, SchemaOutdated, Unavailable
-from tinkerbell.events import check, codec, reading, schema
+from tinkerbell.events import check, codec, outcomes, reading, schema
 from tinkerbell.events.blobs import BlobStore
 from tinkerbell.events.check import CheckReport
 from tinkerbell.events.engine import make_engine, snapshot
 from tinkerbell.events.kinds import Body, NewEvent, Recorded, type_of
-from tinkerbell.events.leases import Claim, Lease, Renewal
+from tinkerbell.events.leases import Claim, Lease, LeaseCall, Renewal
+from tinkerbell.events.outcomes import Waiter
 from tinkerbell.events.queries import Queries
 from tinkerbell.events.tables import log_head
 from tinkerbell.events.tail import Callback, Tail
@@ -68,21 +71,31 @@ class EventStore:
         IdempotencyConflict, SequenceConflict, Conflict, Fenced, AlreadyAnswered, InvalidRequest, or Unavailable
         (without a connection the outcome can be unknown: submit again with the same idempotency key).
         """
-        try:
-            entry = Entry([self._item(new) for new in events])
-        except Exception as exc:  # noqa: BLE001 - handed to whoever waits for the future
-            failed: Future[list[Recorded]] = Future()
-            failed.set_exception(exc)
-            return failed
-        if not events:
-            entry.future.set_result([])
-        else:
-            self._writer.put(entry)
-        return entry.future
+        future: Future[list[Recorded]] = Future()
+        self._put(future, events)
+        return future
+
+    def submit_from(self, loop: asyncio.AbstractEventLoop, *events: NewEvent) -> asyncio.Future[list[Recorded]]:
+        """`submit` with a future of this event loop, from any thread. The loop is woken once for all the futures that
+        one transaction settles."""
+        future: asyncio.Future[list[Recorded]] = asyncio.Future(loop=loop)
+        self._put(future, events)
+        return future
 
     def append(self, *events: NewEvent) -> list[Recorded]:
         """`submit`, and wait. Raises what its future raises."""
         return self.submit(*events).result()
+
+    def _put(self, waiter: Waiter, events: Sequence[NewEvent]) -> None:
+        try:
+            items = [self._item(new) for new in events]
+        except Exception as exc:  # noqa: BLE001 - handed to the waiter
+            outcomes.deliver([(waiter, exc)])
+            return
+        if items:
+            self._writer.put(Entry(waiter, items))
+        else:
+            outcomes.deliver([(waiter, [])])
 
     def _item(self, new: NewEvent) -> Item:
         prepared = codec.prepare(new)
@@ -109,6 +122,13 @@ class EventStore:
         """At most `limit` events with a position above `after`, by position."""
         with self._read_engine.connect() as connection:
             return reading.page(connection, after, limit, tenant=tenant, adapter=adapter, types=types)
+
+    def read_back(
+        self, *, before: int | None = None, limit: int, adapter: str, types: Collection[str]
+    ) -> list[Recorded]:
+        """At most `limit` events of an adapter with a position below `before` (None: the newest), newest first."""
+        with self._read_engine.connect() as connection:
+            return reading.page_back(connection, before, limit, adapter=adapter, types=types)
 
     def head(self) -> int:
         """The last position; 0 for an empty log."""
@@ -143,9 +163,7 @@ class EventStore:
 
     def acquire_lease(self, resource: str, holder: str, ttl_s: float) -> Lease | None:
         """The lease with a new epoch if it is free or expired; None while anybody holds it, the same holder too."""
-        entry = Entry(lease_call=Claim(resource, holder, int(ttl_s * 1_000_000)))
-        self._writer.put(entry)
-        lease: Lease | None = entry.future.result()
+        lease: Lease | None = self._call(Claim(resource, holder, int(ttl_s * 1_000_000)))
         return lease
 
     def renew_lease(self, lease: Lease, ttl_s: float) -> bool:
@@ -158,9 +176,12 @@ class EventStore:
         self._renew(lease, 0)
 
     def _renew(self, lease: Lease, ttl_us: int) -> bool:
-        entry = Entry(lease_call=Renewal(lease, ttl_us))
-        self._writer.put(entry)
-        return bool(entry.future.result())
+        return bool(self._call(Renewal(lease, ttl_us)))
+
+    def _call(self, call: LeaseCall) -> Any:
+        future: Future[Any] = Future()
+        self._writer.put(Entry(future, lease_call=call))
+        return future.result()
 
     # ---- check -----------------------------------------------------------------------------------------------------
 

@@ -44,6 +44,7 @@ Json = sa.JSON(none_as_null=True)
 
 TERMINAL = "type LIKE '%.completed' OR type LIKE '%.failed'"
 """SQL of `is the answer to a request`."""
+KEYED = "idempotency_key IS NOT NULL"
 PENDING = "state = 'pending'"
 
 # ---- the log: the only truth --------------------------------------------------------------------------------------
@@ -98,9 +99,16 @@ events = sa.Table(
     C("prev_hash", Hash, nullable=False),
     C("hash", Hash, nullable=False),
     UniqueConstraint("stream", "stream_version"),
-    UniqueConstraint("tenant", "idempotency_key"),
     Index(None, "tenant", "position"),
     Index(None, "adapter", "position"),
+    Index(
+        "uq_events_idempotency_key",
+        "tenant",
+        "idempotency_key",
+        unique=True,
+        sqlite_where=sa.text(KEYED),
+        postgresql_where=sa.text(KEYED),
+    ),
     Index(
         "uq_events_terminal",
         "causation",

@@ -9,21 +9,21 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import msgspec
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from tinkerbell.errors import InvalidRequest, TinkerbellError, Unavailable
-from tinkerbell.events import facts, leases
+from tinkerbell.events import facts, leases, outcomes
 from tinkerbell.events.codec import Prepared
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.leases import Claim, LeaseCall, Renewal
+from tinkerbell.events.outcomes import Outcome, Waiter
 from tinkerbell.events.projections import fold
-from tinkerbell.events.projector import project, upsert
+from tinkerbell.events.projector import project
 from tinkerbell.events.rules import Admitted, LeaseFacts, State, admit
+from tinkerbell.events.statements import Statements
 from tinkerbell.events.tables import blobs, event_blobs, events, log_head, streams
 
 log = logging.getLogger(__name__)
@@ -31,10 +31,6 @@ log = logging.getLogger(__name__)
 GROUP_EVENTS = 512
 """Most events in one transaction, unless a single submit has more."""
 GROUP_BYTES = 8 * 1024 * 1024
-
-_INSERT_EVENTS = events.insert()
-_INSERT_EVENT_BLOBS = event_blobs.insert()
-_MOVE_HEAD = log_head.update().values(position=sa.bindparam("head"))
 
 
 class BlobRef(msgspec.Struct, frozen=True):
@@ -54,10 +50,12 @@ class Item(msgspec.Struct, frozen=True):
 class Entry:
     """One submit: events that enter together, or a call on a lease."""
 
-    def __init__(self, items: Sequence[Item] = (), lease_call: LeaseCall | None = None) -> None:
+    __slots__ = ("items", "lease_call", "num_bytes", "num_events", "waiter")
+
+    def __init__(self, waiter: Waiter, items: Sequence[Item] = (), lease_call: LeaseCall | None = None) -> None:
+        self.waiter = waiter
         self.items = items
         self.lease_call = lease_call
-        self.future: Future[Any] = Future()
         self.num_events = max(1, len(items))
         self.num_bytes = sum(item.prepared.num_bytes for item in items)
 
@@ -69,9 +67,13 @@ class _Group:
         self.state = state
         self.admitted: list[Admitted] = []
         self.lengths: dict[bytes, int] = {}
-        self.outcomes: list[tuple[Entry, Any]] = []
-        """Result or exception of each entry."""
+        self.outcomes: list[Outcome] = []
+        """Of each entry."""
         self.expiries: list[tuple[Entry, leases.Lease, int]] = []
+
+
+class _OutcomeUnknownError(Exception):
+    """Nobody can say whether the transaction was committed, so it must not be tried again."""
 
 
 class Writer:
@@ -96,12 +98,12 @@ class Writer:
         self._thread.start()
 
     def put(self, entry: Entry) -> None:
-        """Queue a submit; its future gets the outcome."""
+        """Queue a submit; its waiter gets the outcome."""
         with self._closing:
             if not self._closed:
                 self._queue.put(entry)
                 return
-        entry.future.set_exception(Unavailable("the event store is closed"))
+        outcomes.deliver([(entry.waiter, Unavailable("the event store is closed"))])
 
     def close(self) -> None:
         """Write what is queued, then end the thread."""
@@ -116,7 +118,7 @@ class Writer:
     def _run(self) -> None:
         while group := self._take():
             # A submit cancelled before this line never happened; from here on it cannot be cancelled.
-            running = [entry for entry in group if entry.future.set_running_or_notify_cancel()]
+            running = [entry for entry in group if outcomes.is_wanted(entry.waiter)]
             if running:
                 self._write(running)
 
@@ -145,6 +147,12 @@ class Writer:
     def _write(self, entries: list[Entry]) -> None:
         try:
             done = self._transact(entries)
+        except _OutcomeUnknownError as exc:
+            log.error("%d submits may have been written or not: %s", len(entries), exc.__cause__)
+            unknown = Unavailable("the database broke off while it committed; what was asked may have been done")
+            unknown.__cause__ = exc.__cause__
+            outcomes.deliver([(entry.waiter, unknown) for entry in entries])
+            return
         except Exception as exc:  # noqa: BLE001 - handed to the submitter, or tried again one by one
             if len(entries) > 1:
                 why = getattr(exc, "orig", exc)
@@ -152,33 +160,34 @@ class Writer:
                 for entry in entries:
                     self._write([entry])
             else:
-                entries[0].future.set_exception(_as_ours(exc))
+                outcomes.deliver([(entries[0].waiter, self._as_ours(exc))])
             return
         if done.admitted:
             self._on_commit([admitted.recorded for admitted in done.admitted])
-        for entry, outcome in done.outcomes:
-            if isinstance(outcome, BaseException):
-                entry.future.set_exception(outcome)
-            else:
-                entry.future.set_result(outcome)
+        outcomes.deliver(done.outcomes)
 
     def _transact(self, entries: list[Entry]) -> _Group:
         with self._engine.connect() as connection:
             transaction = connection.begin()
-            group = self._plan(connection, entries)
+            statements = Statements(connection)
+            group = self._plan(connection, statements, entries)
             if group.admitted:
-                _insert(connection, group)
+                _insert(statements, group)
             for entry, lease, ttl_us in group.expiries:
                 kept = leases.renew(connection, lease, ttl_us)
                 if isinstance(entry.lease_call, Renewal):
-                    group.outcomes.append((entry, kept))
+                    group.outcomes.append((entry.waiter, kept))
             try:
                 transaction.commit()
             except sa.exc.DBAPIError as exc:
                 failure = exc
             else:
                 return group
-        if not self._is_durable(group):
+        try:
+            happened = self._is_durable(group)
+        except Exception as exc:
+            raise _OutcomeUnknownError from exc
+        if not happened:
             raise failure
         return group
 
@@ -191,16 +200,16 @@ class Writer:
             return False
         last = group.admitted[-1].row
         with self._engine.begin() as connection:
-            facts.lock_head(connection)
+            facts.lock_head(Statements(connection))
             found = connection.execute(sa.select(events.c.hash).where(events.c.position == last["position"])).scalar()
         return bool(found == last["hash"])
 
-    def _plan(self, connection: sa.Connection, entries: list[Entry]) -> _Group:
-        position = facts.lock_head(connection)
+    def _plan(self, connection: sa.Connection, statements: Statements, entries: list[Entry]) -> _Group:
+        position = facts.lock_head(statements)
         prepared = [item.prepared for entry in entries for item in entry.items]
         calls = [entry.lease_call for entry in entries if entry.lease_call is not None]
         claimed = {call.resource for call in calls if isinstance(call, Claim)}
-        group = _Group(facts.read_state(connection, position, prepared, claimed))
+        group = _Group(facts.read_state(connection, statements, position, prepared, claimed))
         now_us = time.time_ns() // 1000
         for entry in entries:
             match entry.lease_call:
@@ -214,56 +223,71 @@ class Writer:
 
     def _admit(self, group: _Group, entry: Entry, items: Sequence[Item], now_us: int) -> bool:
         """Admit all the items or none."""
-        fork = group.state.fork()
+        # A single event changes nothing when it is refused.
+        state = group.state if len(items) == 1 else group.state.fork()
         admitted: list[Admitted] = []
         recorded: list[Recorded] = []
         lengths: dict[bytes, int] = {}
         try:
             for item in items:
                 hashes = {name: ref.hash for name, ref in item.blobs.items()}
-                placed = admit(fork, item.prepared, hashes, now_us)
+                placed = admit(state, item.prepared, hashes, now_us)
                 if isinstance(placed, Admitted):
                     admitted.append(placed)
                     lengths |= {ref.hash: ref.length for ref in item.blobs.values()}
                 recorded.append(placed.recorded if isinstance(placed, Admitted) else placed)
         except (TinkerbellError, TypeError) as exc:
-            group.outcomes.append((entry, exc))
+            group.outcomes.append((entry.waiter, exc))
             return False
-        group.state.merge(fork)
+        if state is not group.state:
+            group.state.merge(state)
         group.admitted += admitted
         group.lengths |= lengths
         if entry.lease_call is None:
-            group.outcomes.append((entry, recorded))
+            group.outcomes.append((entry.waiter, recorded))
         return True
 
     def _claim(self, connection: sa.Connection, group: _Group, entry: Entry, call: Claim, now_us: int) -> None:
         clock_us = leases.database_now_us(connection)
         granted = leases.grant(call, group.state.leases.get(call.resource), clock_us)
         if granted is None:
-            group.outcomes.append((entry, None))
+            group.outcomes.append((entry.waiter, None))
             return
         lease, prepared = granted
         if self._admit(group, entry, [Item(prepared, {})], now_us):
             group.state.leases[call.resource] = LeaseFacts(lease.holder, lease.epoch, clock_us + call.ttl_us)
             group.expiries.append((entry, lease, call.ttl_us))
-            group.outcomes.append((entry, lease))
+            group.outcomes.append((entry.waiter, lease))
+
+    def _as_ours(self, exc: Exception) -> Exception:
+        """An error the callers know. The driver's text is only its cause: it can name hosts, not their business."""
+        driver: Any = self._engine.dialect.loaded_dbapi
+        ours: Exception
+        if isinstance(exc, (sa.exc.DataError, driver.DataError, OverflowError)):
+            ours = InvalidRequest("the database cannot hold this")
+        elif isinstance(exc, (sa.exc.SQLAlchemyError, driver.Error)):
+            ours = Unavailable("the database did not take the write")
+            log.error("the database did not take a write: %s", getattr(exc, "orig", exc))
+        else:
+            return exc
+        ours.__cause__ = exc
+        return ours
 
 
-def _insert(connection: sa.Connection, group: _Group) -> None:
+def _insert(statements: Statements, group: _Group) -> None:
     """Write the admitted events, what they changed, and the new head."""
     named = [(item, name, digest) for item in group.admitted for name, digest in item.blobs.items()]
     if named:
-        insert: Any = (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(blobs)
         now_us = group.admitted[-1].row["created_us"]
         rows = [
             {"hash": digest, "length": length, "location": "file", "created_us": now_us}
             for digest, length in group.lengths.items()
         ]
-        connection.execute(insert.on_conflict_do_nothing(), rows)
-    connection.execute(_INSERT_EVENTS, [item.row for item in group.admitted])
+        statements.insert(blobs, rows, "ignore")
+    statements.insert(events, [item.row for item in group.admitted])
     if named:
-        connection.execute(
-            _INSERT_EVENT_BLOBS,
+        statements.insert(
+            event_blobs,
             [{"position": item.recorded.position, "name": name, "blob_hash": digest} for item, name, digest in named],
         )
     heads = {
@@ -275,20 +299,6 @@ def _insert(connection: sa.Connection, group: _Group) -> None:
         }
         for item in group.admitted
     }
-    upsert(connection, streams, list(heads.values()))
-    project(connection, (change for item in group.admitted for change in fold(item.recorded, item.cause)))
-    connection.execute(_MOVE_HEAD, {"head": group.state.position})
-
-
-def _as_ours(exc: Exception) -> Exception:
-    """An error the callers know. The driver's text is only its cause: it can name hosts, not their business."""
-    ours: Exception
-    if isinstance(exc, sa.exc.DataError):
-        ours = InvalidRequest("the database cannot hold this")
-    elif isinstance(exc, sa.exc.SQLAlchemyError):
-        ours = Unavailable("the database did not take the write")
-        log.error("the database did not take a write: %s", getattr(exc, "orig", exc))
-    else:
-        return exc
-    ours.__cause__ = exc
-    return ours
+    statements.insert(streams, list(heads.values()), "replace")
+    project(statements, (change for item in group.admitted for change in fold(item.recorded, item.cause)))
+    statements.update(log_head, [{"id": 1, "position": group.state.position}])

@@ -206,7 +206,9 @@ def plan(
         for cursor in itertools.chain.from_iterable(cursors.values()):
             _ride_along(cursor, filling)
     for tenant, taken in cursors.items():
-        last = all(cursor.request is None for cursor in taken)
+        # A blocked queue has no cursor, and its tenant still wants service.
+        drained = all(cursor.request is None for cursor in taken)
+        last = drained and len(taken) == len(pending.queues(tenant))
         for cursor in taken:
             if cursor.request is None:
                 shares.leave(tenant, cursor.queue.key, last)

@@ -37,6 +37,8 @@ class Bodies:
         found = self._bodies.get(request.position)
         if found is not None:
             self._bodies.move_to_end(request.position)
+            if not request.measured:
+                _measure(request, found[0])
             return found[0]
         body = await asyncio.to_thread(self._read, request.position)
         self._keep(request, body)
@@ -61,18 +63,25 @@ class Bodies:
         return body
 
     def _keep(self, request: PendingRequest, body: RequestBody) -> None:
-        if isinstance(body, SampleBody):
-            size = len(body.prompt)
-            request.measure([], [(0, 0)])
-        else:
-            # Tokens, targets and one array of loss inputs: near enough for a bound on memory.
-            size = sum(3 * len(datum.tokens) for datum in body.data)
-            lengths = [datum.num_tokens for datum in body.data]
-            assert isinstance(request.event, ForwardRequested | ForwardBackwardRequested)
-            request.measure(lengths, cut(lengths, request.event.chunk_tokens))
+        _measure(request, body)
+        size = _size(body)
         self.forget(request)
         self._bodies[request.position] = (body, size)
         self._bytes += size
         while self._bytes > self._max_bytes and len(self._bodies) > 1:
             _, (_, dropped) = self._bodies.popitem(last=False)
             self._bytes -= dropped
+
+
+def _size(body: RequestBody) -> int:
+    """Bytes, near enough for a bound on memory: tokens, targets and one array of loss inputs."""
+    return len(body.prompt) if isinstance(body, SampleBody) else sum(3 * len(datum.tokens) for datum in body.data)
+
+
+def _measure(request: PendingRequest, body: RequestBody) -> None:
+    if isinstance(body, SampleBody):
+        request.measure([], [(0, 0)])
+        return
+    lengths = [datum.num_tokens for datum in body.data]
+    assert isinstance(request.event, ForwardRequested | ForwardBackwardRequested)
+    request.measure(lengths, cut(lengths, request.event.chunk_tokens))

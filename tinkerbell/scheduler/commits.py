@@ -9,12 +9,13 @@ from tinkerbell.events.store import EventStore
 
 _MOST_IN_FLIGHT = 8
 
-Written = concurrent.futures.Future[list[Recorded]]
+Written = asyncio.Future[list[Recorded]]
 
 
 class Commits:
-    """Submits events in the order of the calls. The first failure is kept: nothing is written after it,
-    because what the leader believes is then no longer what the log says."""
+    """Submits events in the order of the calls. The first failure is kept: nothing is submitted after it,
+    because what the leader believes is then no longer what the log says. What was submitted before it is known may
+    still be written; the log refuses what then has no place in it."""
 
     def __init__(self, store: EventStore, on_failure: Callable[[], None]) -> None:
         """`on_failure` is called once, on the event loop."""
@@ -29,7 +30,8 @@ class Commits:
 
     def submit(self, *events: NewEvent) -> None:
         """Write the events together, after everything submitted before."""
-        submitted = asyncio.get_running_loop().run_in_executor(self._thread, self._submit, events)
+        loop = asyncio.get_running_loop()
+        submitted = loop.run_in_executor(self._thread, self._submit, loop, events)
         self._track(self._in_order, asyncio.create_task(self._finish(submitted)))
 
     def submit_apart(self, *events: NewEvent) -> asyncio.Task[None]:
@@ -71,19 +73,19 @@ class Commits:
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
-    def _submit(self, events: tuple[NewEvent, ...]) -> Written | None:
-        return None if self._failure is not None else self._store.submit(*events)
+    def _submit(self, loop: asyncio.AbstractEventLoop, events: tuple[NewEvent, ...]) -> Written | None:
+        return None if self._failure is not None else self._store.submit_from(loop, *events)
 
     async def _write_apart(self, before: set[asyncio.Task[None]], events: tuple[NewEvent, ...]) -> None:
         if before:
             await asyncio.wait(before)
         loop = asyncio.get_running_loop()
-        await self._finish(loop.run_in_executor(self._blob_thread, self._submit, events))
+        await self._finish(loop.run_in_executor(self._blob_thread, self._submit, loop, events))
 
     async def _finish(self, submitted: "asyncio.Future[Written | None]") -> None:
         try:
             written = await submitted
             if written is not None:
-                await asyncio.wrap_future(written)
+                await written
         except Exception as exc:  # noqa: BLE001 - whatever it is, the leadership ends with it
             self.fail(exc)

@@ -53,7 +53,8 @@ class Leader:
         self._host = host
         self._lease = lease
         self._cost = cost
-        self._limits = Limits(settings.batch_tokens, settings.max_batch_adapters)
+        slack_us = float("inf") if settings.fair_slack_ms is None else settings.fair_slack_ms * 1000
+        self._limits = Limits(settings.batch_tokens, settings.max_batch_adapters, slack_us)
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
         self._shares = FairShare()

@@ -121,7 +121,9 @@ class Pending:
         self._tenants: dict[TenantId, dict[str, Queue]] = {}
         self._blocked: set[AdapterId] = set()
         self._ended: dict[AdapterId, Reason] = {}
-        self._orphans: dict[AdapterId, TenantId] = {}
+        self._orphans: dict[AdapterId, tuple[TenantId, Reason]] = {}
+        """Ended adapters with pending requests. They keep their reason: the log may know of the end before the
+        requests it accepted until then are answered."""
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -188,7 +190,7 @@ class Pending:
         queue.requests.append(request)
         self._requests[request.position] = request
         if request.adapter in self._ended:
-            self._orphans[request.adapter] = request.tenant
+            self._orphans[request.adapter] = (request.tenant, self._ended[request.adapter])
         return request
 
     def measure(self, request: PendingRequest, lengths: Sequence[int], chunks: Sequence[tuple[int, int]]) -> None:
@@ -238,11 +240,11 @@ class Pending:
         still accepts before it learns of this, are `orphans`."""
         self._ended[adapter] = reason
         if self.queue(tenant, adapter):
-            self._orphans[adapter] = tenant
+            self._orphans[adapter] = (tenant, reason)
 
     def orphans(self) -> list[tuple[TenantId, AdapterId, Reason]]:
         """Ended adapters that have pending requests, and why they ended."""
-        return [(tenant, adapter, self._ended[adapter]) for adapter, tenant in self._orphans.items()]
+        return [(tenant, adapter, reason) for adapter, (tenant, reason) in self._orphans.items()]
 
     def _remove(self, request: PendingRequest) -> None:
         del self._requests[request.position]

@@ -27,6 +27,7 @@ from tinkerbell.scheduler.residency import Resident
 from tinkerbell.types import AdapterId, CheckpointId, LoraConfig, TenantId
 
 _PAGE = 1000
+_PAGE_BACK = 64
 
 ORIGINS = (kinds.AddLoraCompleted, kinds.LoadCompleted, kinds.SaveCompleted, kinds.CheckpointWritten)
 """Events from which an adapter's weights and moments can be had without what came before."""
@@ -61,7 +62,7 @@ class Marks:
 
 
 def last_marks(events: Sequence[Recorded]) -> Marks | None:
-    """From an adapter's ORIGINS and BOUNDARIES in log order; None if it was never made.
+    """From an adapter's newest ORIGINS and BOUNDARIES in log order; None if there are not both.
 
     The `causation` of each is the last request whose effect it holds.
     """
@@ -71,12 +72,12 @@ def last_marks(events: Sequence[Recorded]) -> Marks | None:
             origin = recorded
     if origin is None:
         return None
-    boundary = max(
+    boundaries = [
         covers(recorded)
         for recorded in events
         if isinstance(recorded.event, BOUNDARIES) and covers(recorded) <= covers(origin)
-    )
-    return Marks(origin, boundary)
+    ]
+    return Marks(origin, max(boundaries)) if boundaries else None
 
 
 def covers(recorded: Recorded) -> int:
@@ -222,7 +223,17 @@ class Recovery:
         ]
 
     def _find(self, adapter: AdapterId) -> Marks:
-        marks = last_marks(self._read(adapter, 0, _MARKS))
+        """Reads the log backwards, no further than needed: a run may have any number of steps."""
+        events: list[Recorded] = []
+        while page := self._store.read_back(
+            before=events[0].position if events else None, limit=_PAGE_BACK, adapter=adapter, types=_MARKS
+        ):
+            events = page[::-1] + events
+            marks = last_marks(events)
+            # An event comes after the request it is about: none before the boundary can be newer than these.
+            if marks is not None and events[0].position <= marks.boundary:
+                return marks
+        marks = last_marks(events)
         if marks is None:
             raise StateLost("the adapter was never made")
         return marks

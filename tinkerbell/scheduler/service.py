@@ -11,7 +11,7 @@ import threading
 import sqlalchemy.exc
 
 from tinkerbell.config import Settings
-from tinkerbell.errors import ExecutorDied, Fenced, ServerError, Unavailable
+from tinkerbell.errors import AlreadyAnswered, ExecutorDied, Fenced, NotFound, ServerError, Unavailable
 from tinkerbell.events.leases import Lease
 from tinkerbell.events.store import EventStore
 from tinkerbell.scheduler.cost import CostModel
@@ -161,6 +161,10 @@ class SchedulerService:
             log.warning("no recovery points: the executor died detail=%s", exc)
         except _database_errors as exc:
             log.error("database does not answer detail=%s", exc)
+            await wait_for(self._stopping, DATABASE_PAUSE_S)
+        except (AlreadyAnswered, NotFound) as exc:
+            # What this leader believed is not what the log says. The next one begins with the log.
+            log.error("a result was refused epoch=%d detail=%s", lease.epoch, exc)
             await wait_for(self._stopping, DATABASE_PAUSE_S)
         finally:
             self._leader = None
