@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tinkerbell.api import admission
 from tinkerbell.api.admission import Line, TenantLimits
 from tinkerbell.config import Limits
-from tinkerbell.errors import TooLarge, TooManyRequests
+from tinkerbell.errors import Conflict, TooLarge, TooManyRequests
 
 LIMITS = TenantLimits(pending_requests=10, pending_tokens=1000, adapters=3)
 
@@ -62,5 +62,5 @@ def test_advice_is_always_a_sane_number_of_seconds(requests: int, tokens: int, m
 
 def test_adapters() -> None:
     admission.check_adapters(LIMITS, 2)
-    with pytest.raises(TooManyRequests, match="3 adapters; the limit is 3"):
+    with pytest.raises(Conflict, match="3 adapters; the limit is 3"):
         admission.check_adapters(LIMITS, 3)

@@ -167,6 +167,45 @@ def test_a_timeout_leaves_the_future_pending() -> None:
         assert step.result(timeout=1).step == 1
 
 
+def test_a_timeout_holds_while_the_server_is_away() -> None:
+    """The retry policy would wait two minutes."""
+    patient = RetryPolicy(give_up_after_s=120.0, first_delay_s=0.05)
+    script = Script(httpx.Response(202, json=future()), *(httpx.ConnectError("refused") for _ in range(100)))
+    with script.client(patient) as client:
+        step = Adapter(client, "ad_x").optim_step()
+        began = time.monotonic()
+        with pytest.raises(TimeoutError, match="future 1"):
+            step.result(timeout=0.3)
+        assert time.monotonic() - began < 2.0
+
+    async def run() -> None:
+        transport = httpx.MockTransport(script)
+        async with AsyncClient(SERVER, retry=patient, transport_=transport) as client:
+            pending = await client.future(1)
+            with pytest.raises(TimeoutError, match="future 1"):
+                await pending.result(timeout=0.3)
+
+    script.answers.insert(0, httpx.Response(200, json=future()))
+    asyncio.run(run())
+
+
+def test_an_answered_future_needs_no_time_to_give_its_result() -> None:
+    def done() -> httpx.Response:
+        return httpx.Response(200, json=future(state="completed", result=STEP))
+
+    script = Script(httpx.Response(202, json=future()), done())
+    with script.client() as client:
+        assert client.gather(Adapter(client, "ad_x").optim_step(), timeout=0)[0].step == 1
+
+    async def run() -> Any:
+        async with AsyncClient(SERVER, retry=QUICK, transport_=httpx.MockTransport(script)) as client:
+            (result,) = await client.gather(await client.future(1), timeout=0)
+            return result
+
+    script.answers += [httpx.Response(200, json=future()), done()]
+    assert asyncio.run(run()).step == 1
+
+
 def test_a_failed_request_says_why() -> None:
     failed = future(state="failed", error={"category": "user", "code": "no-gradients", "message": "none"})
     script = Script(httpx.Response(202, json=future()), httpx.Response(200, json=failed))
@@ -316,6 +355,16 @@ def test_async_events_go_on_where_the_stream_broke() -> None:
 
     assert asyncio.run(run()) == [4, 6, 9, 12]
     assert [request.headers["Last-Event-ID"] for request in script.requests] == ["3", "6", "6", "9"]
+
+
+def test_events_from_now_on_are_not_lost_with_the_connection() -> None:
+    """It breaks before the first event: the server has said where the stream began."""
+    script = Script(torn("id: 41\r\n: after 41\r\n\r\n"), httpx.Response(200, text=event(42)))
+    with script.client() as client:
+        events = client.events()
+        assert next(events).position == 42
+        events.close()
+    assert [request.headers.get("Last-Event-ID") for request in script.requests] == [None, "41"]
 
 
 def tar_of(**files: bytes) -> bytes:

@@ -7,7 +7,7 @@ back; nothing is ever delayed in silence. Fairness between tenants is the schedu
 import msgspec
 
 from tinkerbell.config import Limits
-from tinkerbell.errors import TooLarge, TooManyRequests
+from tinkerbell.errors import Conflict, TooLarge, TooManyRequests
 
 MIN_RETRY_S = 1.0
 MAX_RETRY_S = 60.0
@@ -78,10 +78,6 @@ def retry_after_s(limits: TenantLimits, line: Line, tokens: int) -> float:
 
 
 def check_adapters(limits: TenantLimits, living: int) -> None:
-    """Raises TooManyRequests when one more adapter would be too many."""
+    """Raises Conflict when one more adapter would be too many: waiting alone would not help."""
     if living >= limits.adapters:
-        raise TooManyRequests(
-            f"You have {living} adapters; the limit is {limits.adapters}. Delete one first.",
-            retry_after_s=MAX_RETRY_S,
-            place=living,
-        )
+        raise Conflict(f"You have {living} adapters; the limit is {limits.adapters}. Delete one first.")

@@ -5,6 +5,8 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from tinkerbell.api.auth import Gate
 from tinkerbell.api.doorbell import Doorbell
 from tinkerbell.config import Settings
@@ -19,27 +21,40 @@ RETRY_SOON_S = 1.0
 """Advice while a server is starting."""
 
 
+class Held(msgspec.Struct, frozen=True):
+    """What requests take of their tenant's limits."""
+
+    requests: int = 0
+    tokens: int = 0
+    adapters: int = 0
+    """New ones."""
+
+
 class InFlight:
-    """Requests admitted but not yet committed, by tenant: concurrent posts must not all see the same free
+    """What is admitted but not yet committed, by tenant: concurrent posts must not all see the same free
     place."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: dict[TenantId, tuple[int, int]] = {}
+        self._held: dict[TenantId, Held] = {}
 
-    def hold(self, tenant: TenantId, tokens: int) -> tuple[int, int]:
-        """Count one more request; (requests, tokens) that were held before it."""
+    def hold(self, tenant: TenantId, more: Held) -> Held:
+        """Count a request; what was held before it."""
         with self._lock:
-            requests, held_tokens = self._held.get(tenant, (0, 0))
-            self._held[tenant] = (requests + 1, held_tokens + tokens)
-            return requests, held_tokens
+            before = self._held.get(tenant, Held())
+            self._held[tenant] = Held(
+                before.requests + more.requests, before.tokens + more.tokens, before.adapters + more.adapters
+            )
+            return before
 
-    def release(self, tenant: TenantId, tokens: int) -> None:
+    def release(self, tenant: TenantId, less: Held) -> None:
         """It is committed, or refused."""
         with self._lock:
-            requests, held_tokens = self._held.pop(tenant)
-            if requests > 1:
-                self._held[tenant] = (requests - 1, held_tokens - tokens)
+            held = self._held.pop(tenant)
+            if held != less:
+                self._held[tenant] = Held(
+                    held.requests - less.requests, held.tokens - less.tokens, held.adapters - less.adapters
+                )
 
 
 class Context:

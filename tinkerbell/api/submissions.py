@@ -6,19 +6,17 @@ store's group commit.
 
 import asyncio
 import base64
-import hashlib
 import secrets
 import time
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 
 from tinkerbell import wire
-from tinkerbell.api import admission, validation, views
+from tinkerbell.api import admission, idempotency, validation, views
 from tinkerbell.api.auth import Principal
-from tinkerbell.api.context import Context
-from tinkerbell.errors import InvalidRequest, NotFound, Unavailable
+from tinkerbell.api.context import Context, Held
+from tinkerbell.errors import InvalidRequest, NotFound, Unavailable, UserError
 from tinkerbell.events import kinds
 from tinkerbell.events.rows import CheckpointRow
 from tinkerbell.types import AdapterId, LoraConfig, ModelInfo
@@ -30,6 +28,8 @@ _LIVING = ("pending", "ready")
 
 Accepted = asyncio.Future[list[kinds.Recorded]]
 """Done when the event is committed."""
+Prepared = tuple[Accepted, Held, int] | kinds.Recorded
+"""What is on its way, what it holds and its place in the line; or the request that had its idempotency key before."""
 
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +47,8 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
 
     event: kinds.AnyRequest
     tokens: int = 0
+    adapters: int = 0
+    """New ones."""
     body: kinds.Body | None = None
     expected_seq: int | None = None
 
@@ -72,10 +74,8 @@ class Submitter:
                 checkpoint = self._checkpoint(body.checkpoint)
                 lora = checkpoint.lora
             validation.lora(lora, model)
-            queries = self._context.store.queries
-            living = sum(row.state in _LIVING for row in queries.adapters(self._tenant))
-            admission.check_adapters(self._limits(), living)
             return Draft(
+                adapters=1,
                 event=kinds.AddLoraRequested(
                     base_model=model.name,
                     lora=lora,
@@ -83,7 +83,7 @@ class Submitter:
                     name=body.name,
                     checkpoint=body.checkpoint,
                     with_optimizer=checkpoint is not None and body.with_optimizer,
-                )
+                ),
             )
 
         return await self._submit("add_lora", new_id("ad"), draft, path_id=None)
@@ -172,43 +172,64 @@ class Submitter:
 
         loop = asyncio.get_running_loop()
 
-        def prepare() -> tuple[Accepted, int, int]:
-            made = draft(context.model())
-            new = self._envelope(kind, adapter, made, path_id)
-            held_requests, held_tokens = context.in_flight.hold(self._tenant, made.tokens)
+        def prepare() -> Prepared:
+            keyed = caller.idempotency_key is not None
+            hashed = idempotency.request_hash(kind, path_id, caller.raw) if keyed else None
             try:
-                place = self._admit(made.tokens, held_requests, held_tokens)
-                return context.store.submit_from(loop, new), made.tokens, place
-            except BaseException:
-                context.in_flight.release(self._tenant, made.tokens)
+                made = draft(context.model())
+                held = Held(1, made.tokens, made.adapters)
+                before = context.in_flight.hold(self._tenant, held)
+                try:
+                    place = self._admit(made, before)
+                    accepted = context.store.submit_from(loop, self._envelope(adapter, made, hashed))
+                except BaseException:
+                    context.in_flight.release(self._tenant, held)
+                    raise
+            except UserError:
+                # A request whose first answer was lost has its place, whatever would be said to a new one.
+                known = idempotency.find(context.store, self._tenant, caller.idempotency_key, hashed)
+                if known is not None:
+                    return known
                 raise
+            return accepted, held, place
 
         preparing = asyncio.ensure_future(asyncio.to_thread(prepare))
         try:
-            accepted, tokens, place = await asyncio.shield(preparing)
+            prepared = await asyncio.shield(preparing)
         except asyncio.CancelledError:
             # The caller is gone, the thread goes on: what it will hold must not be held for ever.
             preparing.add_done_callback(self._abandon)
             raise
+        if isinstance(prepared, kinds.Recorded):
+            return views.submitted(prepared, None)
+        accepted, held, place = prepared
         try:
             (recorded,) = await accepted
         except NotFound as error:
             raise (validation.no_adapter(path_id) if path_id is not None else error) from error
         finally:
-            context.in_flight.release(self._tenant, tokens)
+            context.in_flight.release(self._tenant, held)
         # An idempotent replay gives the first event back, whose place in the line is not this one.
         first = recorded.correlation == caller.correlation
         return views.submitted(recorded, place if first else None)
 
-    def _abandon(self, prepared: "asyncio.Future[tuple[Accepted, int, int]]") -> None:
+    def _abandon(self, preparing: "asyncio.Future[Prepared]") -> None:
         """Let go of what was held for a request that nobody waits for any more, once it is written or refused."""
-        if prepared.cancelled() or prepared.exception() is not None:
+        if preparing.cancelled() or preparing.exception() is not None:
             return
-        accepted, tokens, _ = prepared.result()
-        accepted.add_done_callback(lambda done: done.cancelled() or done.exception())
-        accepted.add_done_callback(lambda _: self._context.in_flight.release(self._tenant, tokens))
+        prepared = preparing.result()
+        if isinstance(prepared, kinds.Recorded):
+            return
+        accepted, held, _ = prepared
 
-    def _envelope(self, kind: str, adapter: AdapterId | None, made: Draft, path_id: AdapterId | None) -> kinds.NewEvent:
+        def let_go(done: Accepted) -> None:
+            if not done.cancelled():
+                done.exception()  # nobody else will look at it
+            self._context.in_flight.release(self._tenant, held)
+
+        accepted.add_done_callback(let_go)
+
+    def _envelope(self, adapter: AdapterId | None, made: Draft, hashed: bytes | None) -> kinds.NewEvent:
         caller = self._caller
         return kinds.NewEvent(
             event=made.event,
@@ -219,7 +240,7 @@ class Submitter:
             correlation=caller.correlation,
             actor=caller.principal.key_id,
             idempotency_key=caller.idempotency_key,
-            request_hash=request_hash(kind, path_id, caller.raw) if caller.idempotency_key is not None else None,
+            request_hash=hashed,
             expected_seq=made.expected_seq,
         )
 
@@ -258,12 +279,15 @@ class Submitter:
             max_adapters=row.max_adapters,
         )
 
-    def _admit(self, tokens: int, held_requests: int, held_tokens: int) -> int:
-        """The place in the tenant's line. Raises TooManyRequests or TooLarge."""
-        queries = self._context.store.queries
+    def _admit(self, made: Draft, held: Held) -> int:
+        """The place in the tenant's line behind what is held already. Raises TooManyRequests, TooLarge, Conflict."""
+        queries, tokens = self._context.store.queries, made.tokens
         limits = self._limits()
+        if made.adapters:
+            living = sum(row.state in _LIVING for row in queries.adapters(self._tenant))
+            admission.check_adapters(limits, living + held.adapters)
         requests, pending_tokens = queries.pending_count(self._tenant)
-        line = admission.Line(requests=requests + held_requests, tokens=pending_tokens + held_tokens)
+        line = admission.Line(requests=requests + held.requests, tokens=pending_tokens + held.tokens)
         if not admission.fits(limits, line, tokens):
             since_us = time.time_ns() // 1000 - int(RECENT_S * 1e6)
             _, recent_tokens = queries.recent_usage(since_us, self._tenant).get(self._tenant, (0, 0))
@@ -279,16 +303,3 @@ def _shape(lora: LoraConfig) -> str:
 def new_id(prefix: str) -> str:
     """`ad_` or `ck_` and 100 random bits in lower-case base32."""
     return f"{prefix}_{base64.b32encode(secrets.token_bytes(13)).decode().lower()[:20]}"
-
-
-def request_hash(kind: str, path_id: AdapterId | None, raw: bytes) -> bytes:
-    """sha256 over the kind of request, the adapter named by the caller, and the body in canonical JSON.
-
-    The body as the caller sent it, so that neither generated ids nor a new release's defaults change it. The
-    adapter of an alias's body counts as the path's: both ways to ask are one request.
-    """
-    body: Any = msgspec.json.decode(raw) if raw else {}
-    if isinstance(body, dict):
-        body.pop("adapter_id", None)
-    canonical = msgspec.json.encode([kind, path_id, body], order="deterministic")
-    return hashlib.sha256(canonical).digest()

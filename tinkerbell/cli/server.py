@@ -171,11 +171,10 @@ def num_valid_keys(store: EventStore) -> int:
 def banner(settings: Settings, role: str, url: str | None, store: EventStore) -> str:
     """What a person needs to know of a server that has just come up."""
     environment = store.queries.environment()
-    num_keys = num_valid_keys(store)
-    if settings.auth == "off" or (settings.auth == "auto" and not num_keys):
+    if settings.auth == "off" or (settings.auth == "auto" and not store.queries.keys()):
         access = "this machine only, no keys (tinkerbell keys create TENANT makes the first)"
     else:
-        access = f"API keys ({num_keys} valid)"
+        access = f"API keys ({num_valid_keys(store)} valid)"
     lines = {
         "url": f"{url}  (API documentation: {url}/schema)" if url else None,
         "role": role,

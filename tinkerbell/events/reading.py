@@ -8,7 +8,7 @@ from sqlalchemy import RowMapping
 
 from tinkerbell.events.codec import decode_event
 from tinkerbell.events.kinds import Recorded
-from tinkerbell.events.rules import record
+from tinkerbell.events.rules import Original, record
 from tinkerbell.events.tables import event_blobs, events
 
 T = TypeVar("T")
@@ -53,6 +53,14 @@ def page_back(
         query = query.where(events.c.position < before)
     rows = connection.execute(query.order_by(events.c.position.desc()).limit(limit)).mappings().all()
     return decode_rows(connection, rows)
+
+
+def original(connection: sa.Connection, tenant: str, idempotency_key: str) -> Original | None:
+    """The event that has a tenant's idempotency key, with the hash of its request."""
+    mine = (events.c.tenant == tenant) & (events.c.idempotency_key == idempotency_key)
+    rows = connection.execute(sa.select(events).where(mine)).mappings().all()
+    found = zip(rows, decode_rows(connection, rows), strict=True)
+    return next((Original(row["request_hash"], recorded) for row, recorded in found), None)
 
 
 def at_positions(connection: sa.Connection, positions: Collection[int]) -> list[Recorded]:

@@ -17,6 +17,7 @@ from tinkerbell.events.kinds import Body, NewEvent, Recorded, type_of
 from tinkerbell.events.leases import Claim, Lease, LeaseCall, Renewal
 from tinkerbell.events.outcomes import Waiter
 from tinkerbell.events.queries import Queries
+from tinkerbell.events.rules import Original
 from tinkerbell.events.tables import log_head
 from tinkerbell.events.tail import Callback, Tail
 from tinkerbell.events.writer import GROUP_EVENTS, BlobRef, Entry, Item, Writer
@@ -129,6 +130,11 @@ class EventStore:
         """At most `limit` events of an adapter with a position below `before` (None: the newest), newest first."""
         with self._read_engine.connect() as connection:
             return reading.page_back(connection, before, limit, adapter=adapter, types=types)
+
+    def original(self, tenant: str, idempotency_key: str) -> Original | None:
+        """The request that a tenant's idempotency key stands for."""
+        with self._read_engine.connect() as connection:
+            return reading.original(connection, tenant, idempotency_key)
 
     def head(self) -> int:
         """The last position; 0 for an empty log."""

@@ -1,6 +1,7 @@
 """The asynchronous client: the verbs of `Client`, awaited."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -100,8 +101,10 @@ class AsyncClient:
 
     async def gather(self, *futures: AsyncFuture[R], timeout: float | None = None) -> list[R]:
         """The results of all, in the order given; raises what the first failed one raises."""
-        async with asyncio.timeout(timeout):
-            return [await future for future in futures]
+        until = None if timeout is None else time.monotonic() + timeout
+        return [
+            await future.result(None if until is None else max(0.0, until - time.monotonic())) for future in futures
+        ]
 
     async def checkpoints(self, adapter: str | None = None) -> list[wire.Checkpoint]:
         """Your checkpoints, or those of one adapter."""
@@ -163,19 +166,25 @@ class AsyncClient:
                 ) as response:
                     wait = attempts.after_answer(response, b"" if response.is_success else await response.aread())
                     if wait is None:
-                        async for line in response.aiter_lines():
-                            if (message := parser.feed(line)) is not None:
+                        async for text in response.aiter_text():
+                            for message in parser.feed(text):
                                 event = calls.event(message)
                                 after = event.position
                                 yield event
+                            if after is None and parser.id:
+                                # The server says first where the stream begins.
+                                after = int(parser.id)
             except httpx.TransportError as exc:
                 wait = attempts.after_loss(exc)
             # A server that stops ends its streams in good order; it may be back in a moment.
             await asyncio.sleep(self._retry.first_delay_s if wait is None else wait)
 
-    async def do(self, call: Call[T]) -> T:
-        """Send a call until it is answered, as the retry policy says."""
-        return call.decode(await self._send(call))
+    async def do(self, call: Call[T], until: float | None = None) -> T:
+        """Send a call until it is answered, as the retry policy says.
+
+        Raises TimeoutError when there is no answer at `until`, by time.monotonic().
+        """
+        return call.decode(await self._send(call, until))
 
     async def _all(self, page: Callable[[int], Call[list[T]]]) -> list[T]:
         items: list[T] = []
@@ -185,11 +194,11 @@ class AsyncClient:
             if len(found) < calls.PAGE:
                 return items
 
-    async def _send(self, call: Call[Any]) -> bytes:
-        attempts = self._attempts(call)
+    async def _send(self, call: Call[Any], until: float | None = None) -> bytes:
+        attempts = self._attempts(call, until)
         while True:
             try:
-                response = await self._http.send(transport.request(self._http, call))
+                response = await self._http.send(transport.request(self._http, call, until))
             except httpx.TransportError as exc:
                 await asyncio.sleep(attempts.after_loss(exc))
                 continue
@@ -198,8 +207,8 @@ class AsyncClient:
                 return response.content
             await asyncio.sleep(wait)
 
-    def _attempts(self, call: Call[Any]) -> Attempts:
-        return Attempts(self._retry, f"{call.what} at {self._http.base_url}")
+    def _attempts(self, call: Call[Any], until: float | None = None) -> Attempts:
+        return Attempts(self._retry, f"{call.what} at {self._http.base_url}", until=until)
 
     async def close(self) -> None:
         """Close the connections. Futures stay what they are on the server."""

@@ -1,12 +1,14 @@
 """A request that was accepted and will be answered: what the async client hands out."""
 
 import asyncio
+import time
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from tinkerbell import wire
 from tinkerbell.sdk import calls
-from tinkerbell.sdk.future import result_of
+from tinkerbell.sdk.future import result_of, wait_s
+from tinkerbell.sdk.transport import SHORTEST_S
 
 if TYPE_CHECKING:
     from tinkerbell.sdk.async_client import AsyncClient
@@ -43,18 +45,24 @@ class AsyncFuture(Generic[R]):
         Raises RequestFailed if the request failed, TimeoutError if it is still pending (it stays so: ask
         again).
         """
-        async with asyncio.timeout(timeout):
-            while (await self._look(calls.LONG_POLL_S)).state == "pending":
-                pass
+        until = None if timeout is None else time.monotonic() + timeout
+        try:
+            # Also where the transport keeps no time.
+            async with asyncio.timeout(None if timeout is None else max(timeout, SHORTEST_S)):
+                while (await self._look(wait_s(until), until)).state == "pending":
+                    if until is not None and time.monotonic() >= until:
+                        raise TimeoutError("it is pending")
+        except TimeoutError as exc:
+            raise TimeoutError(f"future {self.id} ({self._state.kind}): no answer after {timeout} s") from exc
         result: R = result_of(self._state, self._kind)
         return result
 
     def __await__(self) -> Generator[Any, None, R]:
         return self.result().__await__()
 
-    async def _look(self, wait_s: float) -> wire.Future:
+    async def _look(self, wait_s: float, until: float | None = None) -> wire.Future:
         if self._state.state == "pending":
-            self._state = await self._client.do(calls.future(self.id, wait_s))
+            self._state = await self._client.do(calls.future(self.id, wait_s), until)
         return self._state
 
     def __repr__(self) -> str:

@@ -4,6 +4,7 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
@@ -92,11 +93,11 @@ def forward_backward(
     backward: bool,
 ) -> Call[wire.Future]:
     """POST /v1/adapters/{id}/fwdbwd, or /forward"""
-    for index, datum in enumerate(data):
+    for place, datum in enumerate(data):
         for name, values in datum.loss_inputs.items():
             # JSON has no NaN; it would travel as null and come back as a puzzling message about types.
             if not all(map(math.isfinite, values)):
-                raise InvalidRequest(f"datum {index}: loss_inputs[{name!r}] holds a number that is not finite")
+                raise InvalidRequest(f"datum {place}: loss_inputs[{name!r}] holds a number that is not finite")
     body = wire.ForwardBackward(data=list(data), loss=LossSpec(name=loss, config=dict(config or {})))
     return _post(f"{_adapter(adapter)}/{'fwdbwd' if backward else 'forward'}", body)
 
@@ -112,8 +113,8 @@ def sample(adapter: str | None, prompt: Sequence[int], settings: Sampling) -> Ca
     given: dict[str, object] = dict(settings)
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
-    # int() takes the integers of array libraries as well, which JSON encoders refuse.
-    body = wire.Sample(prompt=[int(token) for token in prompt], params=_checked(SamplingParams, given))
+    # index() takes the integers of array libraries as well, which JSON encoders refuse.
+    body = wire.Sample(prompt=[index(token) for token in prompt], params=_checked(SamplingParams, given))
     return _post("/v1/sample" if adapter is None else f"{_adapter(adapter)}/sample", body)
 
 

@@ -167,19 +167,25 @@ class Client:
                 ) as response:
                     content = b"" if response.is_success else response.read()
                     wait = attempts.after_answer(response, content)
-                    for line in response.iter_lines() if wait is None else ():
-                        if (message := parser.feed(line)) is not None:
+                    for text in response.iter_text() if wait is None else ():
+                        for message in parser.feed(text):
                             event = calls.event(message)
                             after = event.position
                             yield event
+                        if after is None and parser.id:
+                            # The server says first where the stream begins.
+                            after = int(parser.id)
             except httpx.TransportError as exc:
                 wait = attempts.after_loss(exc)
             # A server that stops ends its streams in good order; it may be back in a moment.
             time.sleep(self._retry.first_delay_s if wait is None else wait)
 
-    def do(self, call: Call[T]) -> T:
-        """Send a call until it is answered, as the retry policy says."""
-        return call.decode(self._send(call))
+    def do(self, call: Call[T], until: float | None = None) -> T:
+        """Send a call until it is answered, as the retry policy says.
+
+        Raises TimeoutError when there is no answer at `until`, by time.monotonic().
+        """
+        return call.decode(self._send(call, until))
 
     def _all(self, page: Callable[[int], Call[list[T]]]) -> list[T]:
         items: list[T] = []
@@ -189,11 +195,11 @@ class Client:
             if len(found) < calls.PAGE:
                 return items
 
-    def _send(self, call: Call[Any]) -> bytes:
-        attempts = self._attempts(call)
+    def _send(self, call: Call[Any], until: float | None = None) -> bytes:
+        attempts = self._attempts(call, until)
         while True:
             try:
-                response = self._http.send(transport.request(self._http, call))
+                response = self._http.send(transport.request(self._http, call, until))
             except httpx.TransportError as exc:
                 time.sleep(attempts.after_loss(exc))
                 continue
@@ -202,8 +208,8 @@ class Client:
                 return response.content
             time.sleep(wait)
 
-    def _attempts(self, call: Call[Any]) -> Attempts:
-        return Attempts(self._retry, f"{call.what} at {self._http.base_url}")
+    def _attempts(self, call: Call[Any], until: float | None = None) -> Attempts:
+        return Attempts(self._retry, f"{call.what} at {self._http.base_url}", until=until)
 
     def close(self) -> None:
         """Close the connections. Futures stay what they are on the server."""

@@ -5,7 +5,8 @@ Each helper here takes whole sequences and does that shift; weights say which to
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import index
 from typing import Literal
 
 from tinkerbell import wire
@@ -104,7 +105,7 @@ def policy(
     """
     if not prompt or not sampled:
         raise InvalidRequest("prompt and sample need at least one token each")
-    advantages = [float(advantage)] * len(sampled) if isinstance(advantage, int | float) else list(advantage)
+    advantages = list(advantage) if isinstance(advantage, Iterable) else [float(advantage)] * len(sampled)
     if len(logprobs) != len(sampled) or len(advantages) != len(sampled):
         raise InvalidRequest(
             f"{len(sampled)} sampled tokens, but {len(logprobs)} logprobs and {len(advantages)} advantages"
@@ -120,8 +121,8 @@ def policy(
 
 def _datum(tokens: Sequence[int], **loss_inputs: Sequence[float]) -> wire.DatumBody:
     """The shift: what is said of a token stands at the position that predicts it."""
-    # int() and float() take the numbers of array libraries as well, which JSON encoders refuse.
-    ids = [int(token) for token in tokens]
+    # index() and float() take the numbers of array libraries as well, which JSON encoders refuse.
+    ids = [index(token) for token in tokens]
     return wire.DatumBody(
         tokens=ids[:-1],
         targets=ids[1:],

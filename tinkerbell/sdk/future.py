@@ -23,6 +23,11 @@ def result_of(state: wire.Future, kind: type[R]) -> R:
     return state.result
 
 
+def wait_s(until: float | None) -> float:
+    """How long the next long poll may wait, for an answer that is wanted until then."""
+    return calls.LONG_POLL_S if until is None else max(0.0, min(until - time.monotonic(), calls.LONG_POLL_S))
+
+
 class Future(Generic[R]):
     """Result of one request. The request is in the server's log already: losing this object loses nothing,
     `client.future(id)` gives it again."""
@@ -49,21 +54,22 @@ class Future(Generic[R]):
     def result(self, timeout: float | None = None) -> R:
         """Wait for the answer, at most `timeout` seconds (None: as long as it takes).
 
-        Raises RequestFailed if the request failed, TimeoutError if it is still pending (it stays so: ask
-        again).
+        Raises RequestFailed if the request failed, TimeoutError if it is still pending or the server does not answer
+        (it stays as it is: ask again).
         """
-        give_up_at = None if timeout is None else time.monotonic() + timeout
-        while True:
-            left = calls.LONG_POLL_S if give_up_at is None else give_up_at - time.monotonic()
-            if self._look(max(0.0, min(left, calls.LONG_POLL_S))).state != "pending":
-                result: R = result_of(self._state, self._kind)
-                return result
-            if give_up_at is not None and time.monotonic() >= give_up_at:
-                raise TimeoutError(f"future {self.id} ({self._state.kind}) is still pending after {timeout} s")
+        until = None if timeout is None else time.monotonic() + timeout
+        try:
+            while self._look(wait_s(until), until).state == "pending":
+                if until is not None and time.monotonic() >= until:
+                    raise TimeoutError("it is pending")
+        except TimeoutError as exc:
+            raise TimeoutError(f"future {self.id} ({self._state.kind}): no answer after {timeout} s") from exc
+        result: R = result_of(self._state, self._kind)
+        return result
 
-    def _look(self, wait_s: float) -> wire.Future:
+    def _look(self, wait_s: float, until: float | None = None) -> wire.Future:
         if self._state.state == "pending":
-            self._state = self._client.do(calls.future(self.id, wait_s))
+            self._state = self._client.do(calls.future(self.id, wait_s), until)
         return self._state
 
     def __repr__(self) -> str:

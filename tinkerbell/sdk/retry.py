@@ -46,7 +46,16 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
 class Attempts:
     """The attempts of one call, whichever way it is sent."""
 
-    def __init__(self, policy: RetryPolicy, what: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        policy: RetryPolicy,
+        what: str,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        until: float | None = None,
+    ) -> None:
+        """`until`: when, by the clock, the caller wants to hear that there is no answer."""
+        self._until = until
         self._policy = policy
         self._what = what
         self._clock = clock
@@ -73,7 +82,7 @@ class Attempts:
         if isinstance(exc, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
             raise Unreachable(f"{self._what}: {reason}") from exc
         try:
-            return self._wait_s(Unreachable(f"{self._what}: no answer ({reason})"), reason, None)
+            return self._wait_s(Unreachable(f"{self._what}: no answer ({reason})"), f"no answer ({reason})", None)
         except Unreachable as error:
             raise error from exc
 
@@ -84,6 +93,8 @@ class Attempts:
         # Jitter needs no secrecy, and the caller's own random stream stays untouched.
         delay = self._policy.delay_s(self._failed, asked_s, _JITTER.random())
         self._failed += 1
+        if self._until is not None and now + delay > self._until:
+            raise TimeoutError(f"{self._what}: {why}") from error
         if now + delay > self._give_up_at:
             raise error
         level = logging.WARNING if self._failed == LOUD_ATTEMPT else logging.DEBUG

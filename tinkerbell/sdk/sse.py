@@ -1,6 +1,12 @@
-"""Server-sent events, from lines of text to messages (WHATWG HTML, section 9.2.6)."""
+"""Server-sent events, from pieces of text to messages (WHATWG HTML, section 9.2.6)."""
+
+import re
+from collections.abc import Iterator
 
 import msgspec
+
+_LINE_END = re.compile(r"\r\n|\n|\r")
+"""Nothing else ends a line here, whatever Unicode says of other characters."""
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -12,14 +18,32 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class Parser:
-    """Feed it lines without their line ends; every blank line that closes an event gives a Message."""
+    """Feed it text as it comes; every blank line that closes an event gives a Message."""
 
     def __init__(self) -> None:
+        self._rest = ""
+        """Begins a line that has not ended yet."""
         self._event = ""
         self._data: list[str] = []
         self._id = ""
 
-    def feed(self, line: str) -> Message | None:
+    @property
+    def id(self) -> str:
+        """The last one the stream gave, also without an event; empty before the first."""
+        return self._id
+
+    def feed(self, text: str) -> Iterator[Message]:
+        """Take the next piece of the stream, which may end anywhere."""
+        text = self._rest + text
+        # A carriage return at the end may be the first half of a line end.
+        held = "\r" if text.endswith("\r") else ""
+        *lines, rest = _LINE_END.split(text.removesuffix(held))
+        self._rest = rest + held
+        for line in lines:
+            if (message := self._line(line)) is not None:
+                yield message
+
+    def _line(self, line: str) -> Message | None:
         """Take one line; comments (keep-alives) and unknown fields are passed over as the standard says."""
         if line:
             field, _, value = line.partition(":")

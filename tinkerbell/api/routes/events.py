@@ -1,7 +1,6 @@
 """The log as a stream of server-sent events, resumable at any position."""
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator
 from typing import Annotated
 
@@ -76,11 +75,13 @@ async def _follow(
     context: Context, principal: Principal, position: int, adapter: AdapterId | None
 ) -> AsyncGenerator[ServerSentEventMessage, None]:
     store = context.store
-    checked_at = time.monotonic()
     with context.doorbell.bell(principal.tenant) as bell:
-        yield ServerSentEventMessage(comment=f"after {position}", data=None)
+        # An id without data is no event, but where a reader goes on that loses the stream before the first.
+        yield ServerSentEventMessage(id=position, comment=f"after {position}", data=None)
         while not context.stopping.is_set():
             bell.clear()
+            if not await context.gate.still_valid(principal):
+                return
             page = await asyncio.to_thread(store.read, position, limit=_PAGE, tenant=principal.tenant, adapter=adapter)
             for recorded in page:
                 if context.stopping.is_set():
@@ -88,10 +89,6 @@ async def _follow(
                 position = recorded.position
                 view = views.log_event(recorded)
                 yield ServerSentEventMessage(id=position, event=view.type, data=msgspec.json.encode(view))
-            if time.monotonic() - checked_at >= PING_S:
-                if not await context.gate.still_valid(principal):
-                    return
-                checked_at = time.monotonic()
             if len(page) < _PAGE and not await _rang(bell, PING_S):
                 yield ServerSentEventMessage(comment="ping", data=None)
 
