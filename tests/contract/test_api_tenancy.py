@@ -19,7 +19,7 @@ PUBLIC = {"healthz", "readyz"}
 """Operations without a key; test_api_health.py looks at them."""
 
 STREAMS = {"stream_events"}
-"""Operations whose answer does not end; test_api_events.py reads them."""
+"""Operations whose answer does not end; test_api_server.py reads them."""
 
 NO_IDS = {
     "list_adapters",

@@ -588,6 +588,17 @@ def test_greedy_takes_the_likeliest_token(driver: Driver) -> None:
     assert read_ints(greedy.sequences[0].tokens)[0] == last.index(max(last))
 
 
+def test_a_range_of_samples_is_that_part_of_all(driver: Driver) -> None:
+    name = driver.trained()
+    unit = driver.sample(name, [1, 2], seed=3, max_tokens=5, num_samples=5, temperature=0.9)
+    (whole,) = driver.done(unit)
+    parts = [
+        driver.done(msgspec.structs.replace(unit, start=start, stop=stop))[0].sequences
+        for start, stop in ((0, 2), (2, 3), (3, None))
+    ]
+    assert [sequence for part in parts for sequence in part] == whole.sequences
+
+
 def test_stop_tokens_end_a_sample_and_stay_once(driver: Driver) -> None:
     name = driver.trained()
     free = read_ints(sampled(driver, name, [1, 2], seed=4, max_tokens=12).sequences[0].tokens)

@@ -71,6 +71,10 @@ class Asker:
         event = kinds.SampleRequested(params=SamplingParams(max_tokens=max_tokens, seed=seed), num_tokens=3)
         return self.ask(event, SampleBody(prompt=ints([1, 2, 3])), base=base)
 
+    def sample_many(self, num_samples: int, max_tokens: int) -> int:
+        params = SamplingParams(max_tokens=max_tokens, seed=7, num_samples=num_samples, prompt_logprobs=True)
+        return self.ask(kinds.SampleRequested(params=params, num_tokens=3), SampleBody(prompt=ints([1, 2, 3])))
+
     def save(self, checkpoint: str) -> int:
         return self.ask(kinds.SaveRequested(checkpoint=checkpoint))
 
@@ -547,6 +551,27 @@ def test_from_request_to_result_takes_three_commits_and_little_else(store, serve
 RESULTS = [kinds.type_of(cls) for cls in kinds.Result.__subclasses__() if cls is not kinds.Failed] + [
     kinds.type_of(cls) for cls in kinds.FAILED.values()
 ]
+
+
+@on_sqlite
+def test_many_samples_are_cut_into_batches_and_are_what_they_are_uncut(store, serve) -> None:
+    service = serve(batch_tokens=64)
+    cut, other = Asker(store, "alice", "ad_cut"), Asker(store, "bob", "ad_other")
+    for asker in (cut, other):
+        asker.add_lora()
+        asker.answers()
+    many = cut.sample_many(30, 20)
+    between = other.train([datum(random.Random(1), 8)])
+    in_parts = cut.answer(many)
+    batches = [r.event for r in store.read(many, types=["batch.planned"], limit=100)]
+    parts = [(unit.start, unit.stop) for batch in batches for unit in batch.units if unit.request == many]
+    assert parts == [(start, start + 2) for start in range(0, 30, 2)]
+    assert other.answer(between).position < in_parts.position, "another tenant does not wait for all of them"
+    service.stop()
+    serve(batch_tokens=4096)
+    whole = cut.answer(cut.sample_many(30, 20))
+    assert store.body(whole) == store.body(in_parts)
+    assert whole.event.num_sampled_tokens == in_parts.event.num_sampled_tokens
 
 
 def test_requests_that_race_with_the_removal_of_their_adapter_are_all_answered(store, serve) -> None:

@@ -58,7 +58,7 @@ class Load:
     def sample(self, tenant: str, adapter: str | None, tokens: int) -> PendingRequest:
         event = kinds.SampleRequested(params=SamplingParams(max_tokens=tokens), num_tokens=1)
         request = self.add(tenant, f"{tenant}/{adapter}" if adapter else None, event)
-        request.measure([], [(0, 0)])
+        request.measure([], [(0, 1)])
         self.asked[request.position] = tokens + 1
         return request
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.executors.port import ForwardBackwardDone
-from tinkerbell.scheduler.batching import Limits, Measure, Plan, Restore, cut, plan
+from tinkerbell.scheduler.batching import Limits, Measure, Plan, Restore, cut, cut_samples, plan
 from tinkerbell.scheduler.fair_share import FairShare
 from tinkerbell.scheduler.pending import Pending, PendingRequest, Reason
 from tinkerbell.types import AdamParams, LoraConfig, LossSpec, SamplingParams
@@ -71,7 +71,7 @@ def asked(pending: Pending, log: Log, name: str, adapter: str | None = "a", tena
     request = pending.absorb(log(REQUESTS[name], adapter, tenant))
     assert request is not None
     if not request.measured:
-        request.measure([10] if name != "sample" else [], cut([10], 100) if name != "sample" else [(0, 0)])
+        request.measure([10] if name != "sample" else [], cut([10], 100) if name != "sample" else [(0, 1)])
     return request
 
 
@@ -234,6 +234,15 @@ def test_requests_to_an_ended_adapter_are_orphans_until_the_log_knows():
     pending.absorb(log(kinds.RemoveLoraCompleted(), causation=remove.position))
     asked(pending, log, "sample")
     assert pending.orphans() == []
+
+
+@given(num_samples=st.integers(1, 200), most_tokens=st.integers(2, 5000), batch_tokens=st.integers(1, 9000))
+def test_samples_are_cut_so_that_each_part_fits_a_batch(num_samples, most_tokens, batch_tokens):
+    parts = cut_samples(num_samples, most_tokens, batch_tokens)
+    assert [i for start, stop in parts for i in range(start, stop)] == list(range(num_samples))
+    assert all(stop - start == 1 or (stop - start) * most_tokens <= batch_tokens for start, stop in parts)
+    largest = max(stop - start for start, stop in parts)
+    assert len(parts) == 1 or (largest + 1) * most_tokens > batch_tokens, "cut finer than needed"
 
 
 @pytest.mark.parametrize("asked_before_the_end", [False, True])

@@ -14,7 +14,8 @@ from tinkerbell.types import AdamParams, LossSpec, SampledSequence, SamplingPara
 
 
 def request(kind: str, event: kinds.Request, lengths: tuple[int, ...] | None = None) -> PendingRequest:
-    chunks = [(0, 2), (2, 3)] if lengths else [(0, 0)]
+    num_samples = event.params.num_samples if isinstance(event, kinds.SampleRequested) else 0
+    chunks = [(0, 2), (2, 3)] if lengths else [(0, num_samples)]
     return PendingRequest(1, "t", "a", 0, event, kind, LANES[kind], lengths, chunks)  # type: ignore[arg-type]
 
 

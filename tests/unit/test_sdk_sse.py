@@ -1,5 +1,7 @@
 """Server-sent events, from pieces of text."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,7 +54,7 @@ TEXT = "id: 7\r\nevent: x\r\ndata: one\r\n\r\n: ping\n\ndata: two\ndata: three\n
 @given(st.lists(st.integers(0, len(TEXT))))
 def test_pieces_may_end_anywhere(cuts: list[int]) -> None:
     bounds = [0, *sorted(cuts), len(TEXT)]
-    pieces = [TEXT[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+    pieces = [TEXT[start:stop] for start, stop in pairwise(bounds)]
     assert parse(*pieces) == parse(TEXT) == [
         Message("x", "one", "7"),
         Message("message", "two\nthree", "7"),

@@ -220,7 +220,8 @@ class LoadFailed(Failed, frozen=True, kw_only=True, tag="load.failed"):
 
 
 class PlannedUnit(msgspec.Struct, frozen=True, array_like=True):
-    """One unit of a batch: datums [start, stop) of a request (0, 0 where a request is not cut)."""
+    """One unit of a batch: datums [start, stop) of a forward or forward_backward, samples [start, stop) of a sample;
+    0, 0 of what is not cut."""
 
     request: int
     start: int

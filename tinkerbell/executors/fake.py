@@ -202,7 +202,7 @@ class FakeExecutor:
             raise InvalidRequest(f"a prompt of {len(prompt)} tokens leaves no room in {self._info.max_length}")
         stop_tokens = set(self._info.eos_tokens if params.stop_tokens is None else params.stop_tokens)
         sequences: list[SampledSequence] = []
-        for sample in range(params.num_samples):
+        for sample in unit.indices:
             tokens, logprobs, stopped = distribution.sample(prompt, params, unit.seed, sample, max_tokens, stop_tokens)
             sequences.append(
                 SampledSequence(

@@ -60,6 +60,14 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, tag="sample"):
     params: SamplingParams
     seed: int
     """Key of this request's counter-based random numbers; already resolved from params.seed."""
+    start: int = 0
+    stop: int | None = None
+    """Samples [start, stop) of the params.num_samples; None: to the last. Each is drawn as if all were."""
+
+    @property
+    def indices(self) -> range:
+        """Which samples to draw."""
+        return range(self.start, self.params.num_samples if self.stop is None else self.stop)
 
 
 Unit = ForwardBackward | OptimStep | Sample

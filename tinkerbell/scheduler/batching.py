@@ -29,6 +29,13 @@ def cut(lengths: Sequence[int], chunk_tokens: int) -> list[tuple[int, int]]:
     return chunks
 
 
+def cut_samples(num_samples: int, most_tokens: int, batch_tokens: int) -> list[tuple[int, int]]:
+    """Ranges [start, stop) of a request's samples, each of `most_tokens` with its prompt: as many as fit in a batch,
+    at least one. Each sample is drawn by itself, so its tokens do not depend on the cut."""
+    together = max(1, batch_tokens // most_tokens)
+    return [(start, min(start + together, num_samples)) for start in range(0, num_samples, together)]
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Bounds of one batch."""

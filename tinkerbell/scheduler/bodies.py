@@ -10,9 +10,10 @@ from tinkerbell.events.kinds import (
     ForwardRequested,
     Recorded,
     SampleBody,
+    SampleRequested,
 )
 from tinkerbell.events.store import EventStore
-from tinkerbell.scheduler.batching import cut
+from tinkerbell.scheduler.batching import cut, cut_samples
 from tinkerbell.scheduler.pending import BODY_KINDS, PendingRequest
 
 RequestBody = ForwardBackwardBody | SampleBody
@@ -21,8 +22,10 @@ RequestBody = ForwardBackwardBody | SampleBody
 class Bodies:
     """Least recently used bodies go when the rest exceeds `max_bytes`; they are read again when needed."""
 
-    def __init__(self, store: EventStore, max_bytes: int = 256 * 1024 * 1024) -> None:
+    def __init__(self, store: EventStore, batch_tokens: int, max_bytes: int = 256 * 1024 * 1024) -> None:
+        """`batch_tokens`: most tokens of one batch, by which samples are cut."""
         self._store = store
+        self._batch_tokens = batch_tokens
         self._max_bytes = max_bytes
         self._bytes = 0
         self._bodies: OrderedDict[int, tuple[RequestBody, int]] = OrderedDict()
@@ -38,7 +41,7 @@ class Bodies:
         if found is not None:
             self._bodies.move_to_end(request.position)
             if not request.measured:
-                _measure(request, found[0])
+                self._measure(request, found[0])
             return found[0]
         body = await asyncio.to_thread(self._read, request.position)
         self._keep(request, body)
@@ -62,8 +65,19 @@ class Bodies:
             raise Corrupt(f"event {recorded.position} has no request body")
         return body
 
+    def _measure(self, request: PendingRequest, body: RequestBody) -> None:
+        event = request.event
+        if isinstance(event, SampleRequested):
+            most_tokens = event.num_tokens + event.params.max_tokens
+            request.measure([], cut_samples(event.params.num_samples, most_tokens, self._batch_tokens))
+            return
+        assert isinstance(event, ForwardRequested | ForwardBackwardRequested)
+        assert isinstance(body, ForwardBackwardBody)
+        lengths = [datum.num_tokens for datum in body.data]
+        request.measure(lengths, cut(lengths, event.chunk_tokens))
+
     def _keep(self, request: PendingRequest, body: RequestBody) -> None:
-        _measure(request, body)
+        self._measure(request, body)
         size = _size(body)
         self.forget(request)
         self._bodies[request.position] = (body, size)
@@ -76,12 +90,3 @@ class Bodies:
 def _size(body: RequestBody) -> int:
     """Bytes, near enough for a bound on memory: tokens, targets and one array of loss inputs."""
     return len(body.prompt) if isinstance(body, SampleBody) else sum(3 * len(datum.tokens) for datum in body.data)
-
-
-def _measure(request: PendingRequest, body: RequestBody) -> None:
-    if isinstance(body, SampleBody):
-        request.measure([], [(0, 0)])
-        return
-    lengths = [datum.num_tokens for datum in body.data]
-    assert isinstance(request.event, ForwardRequested | ForwardBackwardRequested)
-    request.measure(lengths, cut(lengths, request.event.chunk_tokens))

@@ -53,7 +53,8 @@ def features(request: PendingRequest, chunk: int, num_parameters: int, result: U
     if isinstance(event, kinds.OptimStepRequested):
         return {"unit": 1.0, "parameter": float(num_parameters)}
     if isinstance(event, kinds.SampleRequested):
-        sampled = event.params.num_samples * event.params.max_tokens
+        start, stop = request.chunks[chunk]
+        sampled = (stop - start) * event.params.max_tokens
         if isinstance(result, SampleDone):
             sampled = sum(len(sequence.tokens) // 4 for sequence in result.sequences)
         return {"unit": 1.0, "prompt_token": float(event.num_tokens), "sampled_token": float(sampled)}

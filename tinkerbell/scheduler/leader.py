@@ -59,7 +59,7 @@ class Leader:
         self._stopping = asyncio.Event()
         self._shares = FairShare()
         self._pending = Pending()
-        self._bodies = Bodies(store)
+        self._bodies = Bodies(store, settings.batch_tokens)
         self._residency = Residency()
         recovery = Recovery(store, settings.batch_tokens)
         self._restorer = Restorer(recovery, self._residency, MOST_DEATHS)

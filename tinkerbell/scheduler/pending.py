@@ -10,7 +10,7 @@ from typing import Literal
 
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import AnyRequest, Recorded
-from tinkerbell.executors.port import ForwardBackwardDone
+from tinkerbell.executors.port import ForwardBackwardDone, SampleDone
 from tinkerbell.types import AdapterId, Category, TenantId
 
 Lane = Literal["train", "sample", "control"]
@@ -61,9 +61,9 @@ class PendingRequest:
     lengths: tuple[int, ...] | None = None
     """Tokens of each datum; None until measured, and for kinds without data."""
     chunks: list[tuple[int, int]] = field(default_factory=list)
-    """Datum ranges [start, stop) it runs in; one (0, 0) where it is not cut; empty until its body was
-    read."""
-    outcomes: list[ForwardBackwardDone] = field(default_factory=list)
+    """Ranges [start, stop) of its datums or samples that it runs in; one (0, 0) where it is not cut; empty until its
+    body was read."""
+    outcomes: list[ForwardBackwardDone | SampleDone] = field(default_factory=list)
     """Answers of the chunks that ran, in order."""
     cost_us: int = 0
     """Charged so far, over all its batches."""
@@ -86,12 +86,12 @@ class PendingRequest:
         return self.deaths > 0
 
     def chunk_tokens(self, index: int) -> int:
-        """Tokens that chunk `index` takes of a batch's budget; for a sample all it may become."""
+        """Tokens that chunk `index` takes of a batch's budget; for samples all they may become."""
+        start, stop = self.chunks[index]
         if isinstance(self.event, kinds.SampleRequested):
-            return self.event.num_tokens + self.event.params.num_samples * self.event.params.max_tokens
+            return self.event.num_tokens + (stop - start) * self.event.params.max_tokens
         if not self.lengths:
             return 0
-        start, stop = self.chunks[index]
         return sum(self.lengths[start:stop])
 
 

@@ -48,7 +48,7 @@ def forward_done(request: PendingRequest, batch: str) -> tuple[AnyResult, Body]:
     """Result of a forward or forward_backward whose chunks all ran."""
     event = request.event
     assert isinstance(event, kinds.ForwardRequested | kinds.ForwardBackwardRequested)
-    loss, metrics, body = combine(request.outcomes)
+    loss, metrics, body = combine(part for part in request.outcomes if isinstance(part, ForwardBackwardDone))
     cls = kinds.ForwardCompleted if request.kind == "forward" else kinds.ForwardBackwardCompleted
     return (
         cls(batch=batch, cost_us=request.cost_us, loss=loss, metrics=metrics, num_tokens=event.num_tokens),
@@ -66,18 +66,20 @@ def optim_step_done(request: PendingRequest, done: OptimStepDone, batch: str) ->
     )
 
 
-def sample_done(request: PendingRequest, done: SampleDone, batch: str, step: int) -> tuple[AnyResult, Body]:
-    """`step`: optimizer steps behind the weights that sampled."""
+def sample_done(request: PendingRequest, batch: str, step: int) -> tuple[AnyResult, Body]:
+    """Result of a sample whose chunks all ran. `step`: optimizer steps behind the weights that sampled."""
     event = request.event
     assert isinstance(event, kinds.SampleRequested)
+    parts = [part for part in request.outcomes if isinstance(part, SampleDone)]
+    sequences = [sequence for part in parts for sequence in part.sequences]
     completed = kinds.SampleCompleted(
         batch=batch,
         cost_us=request.cost_us,
         step=step,
         num_prompt_tokens=event.num_tokens,
-        num_sampled_tokens=sum(len(sequence.tokens) // 4 for sequence in done.sequences),
+        num_sampled_tokens=sum(len(sequence.tokens) // 4 for sequence in sequences),
     )
-    return completed, SamplesBody(sequences=done.sequences, prompt_logprobs=done.prompt_logprobs)
+    return completed, SamplesBody(sequences=sequences, prompt_logprobs=parts[0].prompt_logprobs)
 
 
 def failed(request: PendingRequest, category: Category, code: str, message: str, batch: str | None) -> AnyResult:

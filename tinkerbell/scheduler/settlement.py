@@ -82,8 +82,10 @@ class Settlement:
                     self._stepped(request, outcome)
                     answers[request.position] = Answer(request, results.optim_step_done(request, outcome, batch))
                 case SampleDone():
-                    step = self._residency.step(request.adapter)
-                    answers[request.position] = Answer(request, *results.sample_done(request, outcome, batch, step))
+                    request.outcomes.append(outcome)
+                    if work.last:
+                        step = self._residency.step(request.adapter)
+                        answers[request.position] = Answer(request, *results.sample_done(request, batch, step))
         return list(answers.values())
 
     def _stepped(self, request: PendingRequest, done: OptimStepDone) -> None:

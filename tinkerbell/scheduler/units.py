@@ -2,6 +2,8 @@
 
 import hashlib
 
+import msgspec
+
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import ForwardBackwardBody, PlannedUnit, SampleBody
 from tinkerbell.executors.port import ForwardBackward, OptimStep, Sample, Unit
@@ -42,12 +44,17 @@ async def _unit(work: Work, bodies: Bodies) -> Unit:
         case kinds.SampleRequested():
             body = await bodies.get(request)
             assert isinstance(body, SampleBody)
+            start, stop = request.chunks[work.chunk]
+            # The prompt is scored once.
+            params = event.params if work.first else msgspec.structs.replace(event.params, prompt_logprobs=False)
             return Sample(
                 request=request.position,
                 adapter=request.adapter,
                 prompt=body.prompt,
-                params=event.params,
+                params=params,
                 seed=sample_seed(request),
+                start=start,
+                stop=stop,
             )
         case kinds.ForwardRequested() | kinds.ForwardBackwardRequested():
             body = await bodies.get(request)

@@ -49,8 +49,8 @@ class _Job:
     prefix: Prefix | None = None
     """Of the prompt without its last token, until the last sample has started."""
     prompt_logprobs: bytes | None = None
-    started: int = 0
-    """Samples that are under way or finished."""
+    waiting: deque[int] = field(default_factory=deque)
+    """Indices of samples that have not started, in order."""
     sequences: dict[int, SampledSequence] = field(default_factory=dict)
     """Finished ones by sample index."""
     failure: UnitFailed | None = None
@@ -64,7 +64,7 @@ class _Job:
         """Once every sample has finished, or one has failed."""
         if self.failure is not None:
             return self.failure
-        sequences = [self.sequences[index] for index in range(self.unit.params.num_samples)]
+        sequences = [self.sequences[index] for index in self.unit.indices]
         return SampleDone(request=self.unit.request, sequences=sequences, prompt_logprobs=self.prompt_logprobs)
 
 
@@ -181,6 +181,7 @@ class Sampler:
             max_tokens=min(params.max_tokens, room),
             stop_tokens=frozenset(stop_tokens),
             tokenizer=self._load_tokenizer() if params.stop else None,
+            waiting=deque(unit.indices),
         )
 
     def _load_tokenizer(self) -> Any:
@@ -215,12 +216,11 @@ class Sampler:
             job = waiting[0]
             if rows and (rows >= self._max_rows or tokens + job.longest > room_tokens):
                 break
-            starting.append((job, job.started))
-            job.started += 1
+            starting.append((job, job.waiting.popleft()))
             rows, tokens = rows + 1, tokens + job.longest
-            if job.started == job.unit.params.num_samples:
+            if not job.waiting:
                 waiting.popleft()
-        fresh = [job for job, index in starting if index == 0]
+        fresh = [job for job, index in starting if index == job.unit.start]
         for pack in _packs(fresh):
             self._prefill(pack)
         admitted: list[_Stream] = []
@@ -228,7 +228,7 @@ class Sampler:
             if job.failure is None:
                 assert job.prefix is not None
                 admitted.append(_Stream(job, index, job.prefix))
-                if index + 1 == job.unit.params.num_samples:
+                if index == job.unit.indices[-1]:
                     job.prefix = None
         return admitted
 
