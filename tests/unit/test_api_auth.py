@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from tests.support.api_driver import ApiDriver, create_key, problem, record_environment, revoke_key
+from tests.support.api_driver import MODEL, ApiDriver, create_key, problem, record_environment, revoke_key
 from tinkerbell.api import auth, views
 from tinkerbell.api.app import create_app
 from tinkerbell.config import Settings
@@ -121,6 +121,18 @@ def test_beyond_loopback_keys_are_needed(settings: Settings, sqlite_store: Event
         problem(api.get("/v1/queue"), 401, "unauthorized")
     with pytest.raises(InvalidRequest, match="loopback only"):
         create_app(msgspec.structs.replace(public, auth="off"), sqlite_store)
+
+
+def test_directories_of_the_server_are_named_on_its_own_machine_only(
+    settings: Settings, sqlite_store: EventStore
+) -> None:
+    model = msgspec.structs.replace(MODEL, tokenizer="/srv/models/small")
+    record_environment(sqlite_store, model)
+    with ApiDriver(settings, sqlite_store) as api:
+        assert api.get("/v1/models").json()[0]["tokenizer"] == "/srv/models/small"
+    with ApiDriver(msgspec.structs.replace(settings, host="0.0.0.0"), sqlite_store) as api:
+        api.key("alice")
+        assert api.get("/v1/models", "alice").json()[0]["tokenizer"] == ""
 
 
 def test_auth_off_ignores_keys(settings: Settings, sqlite_store: EventStore) -> None:

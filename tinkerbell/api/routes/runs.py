@@ -2,8 +2,10 @@
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Annotated
 
+import msgspec
 from litestar import Router, get
 from litestar.di import NamedDependency
 from litestar.params import FromPath, QueryParameter
@@ -95,8 +97,12 @@ async def show_queue(
 
 @get("/models", operation_id="list_models", summary="What is served", tags=["models"], responses=problems(503))
 async def list_models(context: NamedDependency[Context]) -> list[ModelInfo]:
-    """The base model: vocabulary, longest sequence, LoRA targets, tokenizer."""
-    return [await asyncio.to_thread(context.model)]
+    """The base model: vocabulary, longest sequence, LoRA targets, tokenizer. A tokenizer in a directory of the server
+    is named only where callers are on its machine."""
+    model = await asyncio.to_thread(context.model)
+    if not context.gate.loopback and Path(model.tokenizer).is_absolute():
+        model = msgspec.structs.replace(model, tokenizer="")
+    return [model]
 
 
 def _scope(principal: Principal, all_tenants: bool) -> TenantId | None:
