@@ -57,6 +57,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How many milliseconds of accelerator time others may be served past a tenant whose next request cannot join the
     batch, being behind its own optim_step or in the other lane. 0 is strictest and gives smaller batches; None never
     ends a batch early for it."""
+    max_resident_adapters: Count = 256
+    """Most adapters that the executor keeps while they are idle; those unused for longest leave it for the log, from
+    where they come back when they are wanted."""
     checkpoint_every_steps: Count = 20
     """Recovery points: at most this many optimizer steps are executed again after a crash."""
     durability: Literal["full", "relaxed"] = "full"

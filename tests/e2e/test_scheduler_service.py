@@ -574,6 +574,33 @@ def test_many_samples_are_cut_into_batches_and_are_what_they_are_uncut(store, se
     assert whole.event.num_sampled_tokens == in_parts.event.num_sampled_tokens
 
 
+@on_sqlite
+def test_adapters_leave_the_executor_and_come_back_as_they_were(store, serve) -> None:
+    def train(prefix: str) -> dict[int, list[str | None]]:
+        askers = [Asker(store, f"t{number}", f"ad_{prefix}{number}") for number in range(5)]
+        digests: dict[int, list[str | None]] = {number: [] for number in range(5)}
+        for number, asker in enumerate(askers):
+            asker.add_lora(seed=number)
+        for turn in range(4):
+            for number, asker in enumerate(askers):
+                generator = random.Random(100 * number + turn)
+                asker.train([datum(generator, 9)])
+                if turn % 2:
+                    asker.step()
+                asker.answers()
+                digests[number].append(asker.digest())
+        return digests
+
+    crowded = serve(max_resident_adapters=2)
+    found = train("a")
+    assert len(crowded._leader._residency) <= 2
+    written = store.read(0, limit=1000, types=["checkpoint.written"])
+    assert {event.adapter for event in written} >= {"ad_a0", "ad_a1", "ad_a2"}
+    crowded.stop()
+    serve()
+    assert found == train("b")
+
+
 def test_requests_that_race_with_the_removal_of_their_adapter_are_all_answered(store, serve) -> None:
     service = serve()
     for number in range(8):

@@ -27,18 +27,19 @@ class Checkpoints:
         """For every adapter that is `every_steps` past its last one. Raises ExecutorDied."""
         for resident in self._residency.moved():
             if resident.steps_ahead >= self._every_steps:
-                await self._write(link, resident)
+                await self.write(link, resident)
 
     async def write_all(self, link: ExecutorLink, deadline: float) -> None:
         """For every adapter that moved, while the loop's clock is before `deadline`. Raises ExecutorDied."""
         loop = asyncio.get_running_loop()
         left = self._residency.moved()
         while left and loop.time() < deadline:
-            await self._write(link, left.pop())
+            await self.write(link, left.pop())
         if left:
             log.warning("no time for recovery points adapters=%d", len(left))
 
-    async def _write(self, link: ExecutorLink, resident: Resident) -> None:
+    async def write(self, link: ExecutorLink, resident: Resident) -> None:
+        """For one adapter. Raises ExecutorDied."""
         state = (await link.snapshot(resident.adapter)).value
         blobs = state_blobs(state)
         event = CheckpointWritten(

@@ -21,6 +21,7 @@ from tinkerbell.scheduler.checkpoints import Checkpoints
 from tinkerbell.scheduler.commits import Commits
 from tinkerbell.scheduler.control import Control
 from tinkerbell.scheduler.cost import CostModel, features
+from tinkerbell.scheduler.eviction import Eviction
 from tinkerbell.scheduler.fair_share import FairShare
 from tinkerbell.scheduler.host import ExecutorHost, wait_for
 from tinkerbell.scheduler.journal import Journal
@@ -67,6 +68,7 @@ class Leader:
         self._commits = Commits(store, on_failure=self._wake.set)
         self._journal = Journal(self._commits, lease)
         self._checkpoints = Checkpoints(self._journal, self._residency, settings.checkpoint_every_steps)
+        self._eviction = Eviction(self._residency, self._checkpoints, settings.max_resident_adapters)
         self._settlement = Settlement(cost, self._shares, self._residency)
         self._num_batches = 0
 
@@ -240,8 +242,11 @@ class Leader:
             "batch ran batch=%s lane=%s units=%d answers=%d busy_us=%d estimated_us=%d",
             *(batch, plan.lane, len(plan.works), len(answers), busy_us, plan.estimated_us),
         )
+        for request in plan.requests:
+            self._residency.use(request.adapter)
         try:
             await self._checkpoints.write_due(self._host.link)
+            await self._eviction.make_room(self._host.link, self._pending)
         except ExecutorDied as exc:
             log.warning("executor died taking a snapshot detail=%s", exc)
             await self._revive()

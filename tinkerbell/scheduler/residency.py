@@ -47,6 +47,15 @@ class Residency:
     def put(self, resident: Resident) -> None:
         self._residents[resident.adapter] = resident
 
+    def use(self, adapter: AdapterId | None) -> None:
+        """It is in a batch now."""
+        if adapter in self._residents:
+            self._residents[adapter] = self._residents.pop(adapter)
+
+    def by_use(self) -> list[Resident]:
+        """Those used longest ago first."""
+        return list(self._residents.values())
+
     def forget(self, adapter: AdapterId) -> None:
         self._residents.pop(adapter, None)
 
