@@ -46,11 +46,14 @@ format: venv  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: venv  ## measure the log, the server's overhead and fairness; JSON in bench-out/
+bench: venv  ## measure the log, the server, fairness, training and sampling; JSON in bench-out/
 	@mkdir -p bench-out
 	$(BIN)/tinkerbell bench store --json bench-out/store.json
 	$(BIN)/tinkerbell bench overhead --json bench-out/overhead.json
 	$(BIN)/tinkerbell bench fairness --json bench-out/fairness.json
+	$(BIN)/tinkerbell bench train --json bench-out/train.json --plot bench-out/train.png
+	$(BIN)/tinkerbell bench sample --json bench-out/sample.json
+	$(BIN)/tinkerbell bench server --json bench-out/server.json
 
 reference: venv  ## write docs/reference from the code
 	$(BIN)/python docs/generate_reference.py

@@ -306,6 +306,22 @@ def test_chunks_may_come_in_different_batches(driver: Driver) -> None:
     assert driver.digest(together) == driver.digest(apart)
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_chunks_of_a_forward_and_of_a_forward_backward_may_share_batches(driver: Driver, first: bool) -> None:
+    """Whichever comes first, and whichever is still open when the batch ends."""
+    mixed, apart, company = driver.trained(), driver.trained(), driver.trained(1, OTHERS[1])
+    data = random_data(6, (9, 4, 12))
+    forward = [msgspec.structs.replace(u, backward=False) for u in driver.chunks(mixed, data[:1], data[1:2], data[2:])]
+    gradients = driver.chunks(mixed, data[:2], data[2:])
+    units = [*gradients, *forward] if first else [*forward, *gradients]
+    others = driver.forward_backward(company, random_data(8, (13,)))
+    answers = [*driver.done(units[0], others, units[1]), *driver.done(*units[2:])]
+    assert all(isinstance(answer, ForwardBackwardDone) for answer in answers)
+    driver.done(*driver.chunks(apart, data[:2], data[2:]))
+    driver.done(driver.optim_step(mixed), driver.optim_step(apart))
+    assert driver.digest(mixed) == driver.digest(apart)
+
+
 def test_gradients_count_only_after_the_last_chunk(driver: Driver) -> None:
     name = driver.trained()
     first, last = driver.chunks(name, random_data(1, (5,)), random_data(2, (5,)))

@@ -14,7 +14,18 @@ sys.exit(f"imported: {{sorted(heavy)}}" if heavy or status else 0)
 """
 
 
-@pytest.mark.parametrize("args", [["--version"], ["--help"], ["serve", "--help"], ["keys", "--help"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--version"],
+        ["--help"],
+        ["serve", "--help"],
+        ["keys", "--help"],
+        ["bench", "train", "--help"],
+        ["bench", "sample", "--help"],
+        ["bench", "server", "--help"],
+    ],
+)
 def test_nothing_heavy(args: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROBE.format(args=args)], check=False, capture_output=True, text=True, timeout=60

@@ -9,9 +9,13 @@ import time
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
+
 from tinkerbell.errors import ServerError
+from tinkerbell.types import LoraConfig
 
 WAIT_S = 30.0
+SMALL = LoraConfig(rank=4)
 IDLE_S = 2.0
 """A connection that rested longer is opened anew: servers close idle ones after 5 s."""
 
@@ -55,9 +59,9 @@ class RawClient:
             if future["state"] == "completed":
                 return future
 
-    def add_lora(self, seed: int) -> str:
-        """Id of a fresh small adapter, ready for work."""
-        future_id = self.post("/v1/adapters", json.dumps({"lora": {"rank": 4}, "seed": seed}).encode())
+    def add_lora(self, seed: int, lora: LoraConfig = SMALL) -> str:
+        """Id of a fresh adapter, ready for work."""
+        future_id = self.post("/v1/adapters", msgspec.json.encode({"lora": lora, "seed": seed}))
         adapter = self.result(future_id)["adapter_id"]
         assert isinstance(adapter, str)
         return adapter

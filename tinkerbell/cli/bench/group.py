@@ -8,6 +8,9 @@ BENCHMARKS = {
     "store": "tinkerbell.cli.bench.store:store",
     "overhead": "tinkerbell.cli.bench.overhead:overhead",
     "fairness": "tinkerbell.cli.bench.fairness:fairness",
+    "train": "tinkerbell.cli.bench.train:train",
+    "sample": "tinkerbell.cli.bench.sample:sample",
+    "server": "tinkerbell.cli.bench.server:server",
 }
 """Name -> where its click command is."""
 
@@ -20,4 +23,7 @@ def bench() -> None:
     tinkerbell bench store
     tinkerbell bench overhead --json overhead.json
     tinkerbell bench fairness
+    tinkerbell bench train --plot train.png
+    tinkerbell bench sample
+    tinkerbell bench server
     """

@@ -11,6 +11,8 @@ from tinkerbell.cli.bench.machine import Machine
 from tinkerbell.cli.options import print_table, wide_console
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Rows = list[dict[str, Any]]
+"""Of a table: column -> value."""
 
 
 class Expectation(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,6 +29,16 @@ def at_least(what: str, measured: float, bound: float) -> Expectation:
     return Expectation(what=what, measured=measured, bound=f">= {bound:g}", met=measured >= bound)
 
 
+def at_most(what: str, measured: float, bound: float) -> Expectation:
+    """Met up to `bound`."""
+    return Expectation(what=what, measured=measured, bound=f"<= {bound:g}", met=measured <= bound)
+
+
+def holds(what: str, met: bool) -> Expectation:
+    """Something that is so or not."""
+    return Expectation(what=what, measured=float(met), bound="1 for yes", met=met)
+
+
 def below(what: str, measured: float, bound: float) -> Expectation:
     """Met under `bound`."""
     return Expectation(what=what, measured=measured, bound=f"< {bound:g}", met=measured < bound)
@@ -38,8 +50,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     benchmark: str
     parameters: dict[str, Any]
     machine: Machine
-    rows: list[dict[str, Any]]
+    rows: Rows
     expectations: list[Expectation]
+    tables: dict[str, Rows] = {}
+    """What was measured besides: title -> rows, all with the same columns."""
 
 
 def json_file_option(command: Command) -> Command:
@@ -64,8 +78,12 @@ def publish(report: Report, columns: Sequence[str], json_file: Path | None) -> N
     )
     parameters = ", ".join(f"{name} {value}" for name, value in report.parameters.items())
     console.print("parameters  " + parameters, markup=False, highlight=False)
-    rows = [[row.get(column) for column in columns] for row in report.rows]
-    print_table(f"bench {report.benchmark}", [column.replace("_", " ") for column in columns], rows, console=console)
+    for title, names, rows in (
+        (f"bench {report.benchmark}", columns, report.rows),
+        *((title, tuple(rows[0]), rows) for title, rows in report.tables.items() if rows),
+    ):
+        cells = [[row.get(name) for name in names] for row in rows]
+        print_table(title, [name.replace("_", " ") for name in names], cells, console=console)
     for expectation in report.expectations:
         verdict = "[green]as expected[/]" if expectation.met else "[bold red]NOT as expected[/]"
         console.print(

@@ -61,8 +61,16 @@ class Buffer:
     """A flat tensor [P] and its factors."""
 
     def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
+        self._layout = layout
         self.flat = torch.zeros(layout.num_parameters, dtype=dtype, device=device)
         self.pairs = layout.views(self.flat)
+
+    def move(self, device: torch.device) -> None:
+        """Take it to another device; from CUDA into pinned memory, from where it goes back without a detour."""
+        pinned = self.flat.is_cuda and device.type == "cpu"
+        moved = torch.empty(self.flat.shape, dtype=self.flat.dtype, device=device, pin_memory=pinned)
+        self.flat = moved.copy_(self.flat)
+        self.pairs = self._layout.views(self.flat)
 
 
 class Adapter:
@@ -83,6 +91,22 @@ class Adapter:
         self.gradient: Buffer | None = None
         """Sum over the forward_backward requests since the last optim_step; None where there were none."""
         self.step = 0
+
+    def _buffers(self) -> list[Buffer]:
+        kept = [self.weights, self.exp_avg, self.exp_avg_sq]
+        return kept if self.gradient is None else [*kept, self.gradient]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of everything it holds."""
+        return sum(buffer.flat.nbytes for buffer in self._buffers())
+
+    def move(self, device: torch.device) -> None:
+        """Take everything to another device; nothing happens where it is there."""
+        if device != self.device:
+            for buffer in self._buffers():
+                buffer.move(device)
+            self.device = device
 
     def new_buffer(self) -> Buffer:
         """A zeroed buffer of this adapter's layout."""

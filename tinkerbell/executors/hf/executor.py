@@ -3,16 +3,16 @@
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
-from tinkerbell.errors import InvalidRequest, NotFound, UserError
+from tinkerbell.errors import InvalidRequest, NotFound
 from tinkerbell.executors.hf import checkpoint, optimizer
 from tinkerbell.executors.hf.adapter import Adapter, target_shapes
 from tinkerbell.executors.hf.environment import configure, facts
-from tinkerbell.executors.hf.failures import failed
 from tinkerbell.executors.hf.model import load
+from tinkerbell.executors.hf.placement import Adapters
 from tinkerbell.executors.hf.sampler import Sampler
 from tinkerbell.executors.hf.trainer import Trainer
 from tinkerbell.executors.port import (
@@ -23,10 +23,8 @@ from tinkerbell.executors.port import (
     Environment,
     ForwardBackward,
     OptimStep,
-    OptimStepDone,
     Sample,
     Unit,
-    UnitFailed,
     UnitResult,
 )
 from tinkerbell.executors.protocol import ExecutorOptions
@@ -42,6 +40,9 @@ class Extra(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Of the base model: float32, bfloat16, or float64 (for reference runs)."""
     device: str | None = None
     """A torch device; default cuda if there is one."""
+    adapter_memory_mib: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """Of the device, for adapters; those unused for longest lie in the host's memory meanwhile. Default: a quarter of a
+    CUDA device. On a CPU both are one memory, and nothing moves."""
 
 
 class HFExecutor:
@@ -52,14 +53,15 @@ class HFExecutor:
         if options.model is None:
             raise InvalidRequest("the hf executor needs a model: a directory, a hub id, or package:NAME")
         try:
-            extra = msgspec.convert(options.extra, Extra)
+            extra = msgspec.convert(options.extra, Extra, strict=False)
         except msgspec.ValidationError as exc:
             raise InvalidRequest(f"options of the hf executor: {exc}") from exc
         configure(options.threads or os.cpu_count() or 1)
         model = load(options.model, dtype=extra.dtype, device=extra.device)
         self._runtime = model.runtime
         self._info = model.info
-        self._adapters: dict[AdapterId, Adapter] = {}
+        budget_mib = extra.adapter_memory_mib
+        self._adapters = Adapters(model.runtime.device, None if budget_mib is None else budget_mib * 1024**2)
         self._trainer = Trainer(model.runtime, model.info, self._adapters)
         self._sampler = Sampler(model.runtime, model.info, self._adapters)
         self._environment = Environment(
@@ -90,6 +92,7 @@ class HFExecutor:
     def _put(self, adapter: AdapterId, value: Adapter) -> AdapterReport:
         self._trainer.forget(adapter)
         self._adapters[adapter] = value
+        self._adapters.bring([adapter])
         return AdapterReport(num_parameters=value.layout.num_parameters, step=value.step, state_digest=value.digest())
 
     def snapshot(self, adapter: AdapterId) -> AdapterState:
@@ -111,39 +114,42 @@ class HFExecutor:
         for index, unit in enumerate(batch.units):
             lines.setdefault(unit.adapter, []).append(index)
         while any(lines.values()):
-            for kind, execute in self._stages():
-                taken = [index for line in lines.values() for index in _leading(line, batch.units, kind)]
+            for joins, execute in self._stages():
+                taken = [index for line in lines.values() for index in _leading(line, batch.units, joins)]
                 taken.sort()
+                self._adapters.bring(filter(None, (batch.units[index].adapter for index in taken)))
                 results.update(zip(taken, execute([batch.units[index] for index in taken]), strict=True))
         return BatchResult(
             results=[results[index] for index in range(len(batch.units))],
             busy_us=(time.perf_counter_ns() - started) // 1000,
         )
 
-    def _stages(self) -> list[tuple[type[Unit], Callable[[list[Unit]], Sequence[UnitResult]]]]:
+    def _stages(self) -> list[tuple[Callable[[Unit], bool], Callable[[list[Unit]], Sequence[UnitResult]]]]:
+        """Which units can run together, and how."""
         return [
-            (ForwardBackward, lambda units: self._trainer.run(_of(ForwardBackward, units))),
-            (OptimStep, lambda units: [self._optim_step(unit) for unit in _of(OptimStep, units)]),
-            (Sample, lambda units: self._sampler.sample(_of(Sample, units))),
+            (_has_backward, lambda units: self._trainer.run(_of(ForwardBackward, units))),
+            (_is_forward, lambda units: self._trainer.run(_of(ForwardBackward, units))),
+            (_is(OptimStep), lambda units: optimizer.run(_of(OptimStep, units), self._adapters)),
+            (_is(Sample), lambda units: self._sampler.sample(_of(Sample, units))),
         ]
 
-    def _optim_step(self, unit: OptimStep) -> OptimStepDone | UnitFailed:
-        adapter = self._adapters.get(unit.adapter)
-        try:
-            if adapter is None:
-                raise NotFound(f"this executor has no adapter {unit.adapter}")
-            grad_norm = optimizer.step(adapter, unit.adam)
-        except UserError as exc:
-            return failed(unit.request, exc)
-        return OptimStepDone(
-            request=unit.request, step=adapter.step, grad_norm=grad_norm, state_digest=adapter.digest()
-        )
+
+def _has_backward(unit: Unit) -> bool:
+    return isinstance(unit, ForwardBackward) and unit.backward
 
 
-def _leading(line: list[int], units: Sequence[Unit], kind: type[Unit]) -> list[int]:
-    """Take the units of `kind` from the front of an adapter's line."""
+def _is_forward(unit: Unit) -> bool:
+    return isinstance(unit, ForwardBackward) and not unit.backward
+
+
+def _is(kind: type[Unit]) -> Callable[[Unit], bool]:
+    return lambda unit: isinstance(unit, kind)
+
+
+def _leading(line: list[int], units: Sequence[Unit], joins: Callable[[Unit], bool]) -> list[int]:
+    """Take units from the front of an adapter's line while they join the stage."""
     taken: list[int] = []
-    while line and isinstance(units[line[0]], kind):
+    while line and joins(units[line[0]]):
         taken.append(line.pop(0))
     return taken
 

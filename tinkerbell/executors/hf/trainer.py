@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -72,8 +73,9 @@ class Trainer:
         the other units untouched.
         """
         entries = [self._entry(unit) for unit in units]
-        for backward in (True, False):
-            self._run_group([entry for entry in entries if entry.unit.backward is backward], backward)
+        # In order: chunks of an adapter's next request may not be settled before those of this one.
+        for backward, group in groupby(entries, key=lambda entry: entry.unit.backward):
+            self._run_group(list(group), backward)
         answers = [entry.answer for entry in entries]
         return [answer for answer in answers if answer is not None]
 
