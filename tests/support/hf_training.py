@@ -47,9 +47,11 @@ class Bench:
     model: LoadedModel
     adapters: dict[str, Adapter] = field(default_factory=dict)
     pack_tokens: int = 1024
+    exact: bool = True
 
     def __post_init__(self) -> None:
-        self.trainer = Trainer(self.model.runtime, self.model.info, self.adapters, self.pack_tokens)
+        runtime, info = self.model.runtime, self.model.info
+        self.trainer = Trainer(runtime, info, self.adapters, self.pack_tokens, exact=self.exact)
         self.requests = 0
 
     def add(self, name: str, lora: LoraConfig, seed: int, *, b_scale: float = 0.0) -> Adapter:

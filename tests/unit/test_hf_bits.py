@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tests.support.hf_training import Bench, random_data, sequence
 from tests.support.tiny_model import write_tiny_model
 from tinkerbell.executors.hf import model as hf_model
+from tinkerbell.executors.hf.packing import MicroBatch, micro_batch, packs
 from tinkerbell.executors.port import ForwardBackward, ForwardBackwardDone, UnitFailed
 from tinkerbell.types import AdamParams, LoraConfig
 
@@ -45,7 +47,9 @@ def threads(request: pytest.FixtureRequest):
     torch.set_num_threads(before)
 
 
-def run(model: hf_model.LoadedModel, order: tuple[str, ...], steps: int, pack_tokens: int = 1024) -> dict[str, list]:
+def run(
+    model: hf_model.LoadedModel, order: tuple[str, ...], steps: int, pack_tokens: int = 1024
+) -> dict[str, list[Any]]:
     """Everything each tenant of `order` gets to see, training together."""
     bench = Bench(model, pack_tokens=pack_tokens)
     seen: dict[str, list] = {name: [] for name in order}
@@ -84,12 +88,38 @@ def test_bits_do_not_depend_on_longer_company_where_rotary_tables_do(tmp_path: P
     )  # fmt: skip
     torch.manual_seed(0)
     Phi3ForCausalLM(config).save_pretrained(str(tmp_path))
-    bench = Bench(hf_model.load(str(tmp_path)))
-    for name in ("short", "long"):
-        bench.add(name, LoraConfig(rank=4, targets=("o_proj", "down_proj")), 1, b_scale=0.05)
-    short = bench.unit("short", random_data(1, (10,), 203))
-    (alone,) = bench.train(short)
-    assert bench.train(short, bench.unit("long", random_data(2, (60,), 203)))[0] == alone
+    loaded = hf_model.load(str(tmp_path))
+    for exact in (True, False):
+        bench = Bench(loaded, exact=exact)
+        for name in ("short", "long"):
+            bench.add(name, LoraConfig(rank=4, targets=("o_proj", "down_proj")), 1, b_scale=0.05)
+        short = bench.unit("short", random_data(1, (10,), 203))
+        (alone,) = bench.train(short)
+        together = bench.train(short, bench.unit("long", random_data(2, (60,), 203)))[0]
+        assert together == alone if exact else together.loss == pytest.approx(alone.loss, rel=1e-5)
+
+
+def test_a_fast_pass_differs_by_rounding_only(model: hf_model.LoadedModel) -> None:
+    """Base products over a whole pack, LoRA, attention and losses as ever."""
+    found: dict[bool, list[Any]] = {}
+    for exact in (True, False):
+        bench = Bench(model, exact=exact)
+        for number, (name, (lora, _)) in enumerate(TENANTS.items()):
+            bench.add(name, lora, number, b_scale=0.05)
+        vocab = model.info.vocab_size
+        answers = bench.train(*(bench.unit(n, random_data(ord(n), TENANTS[n][1], vocab)) for n in TENANTS))
+        found[exact] = [(answer, bench.gradient(name).clone()) for answer, name in zip(answers, TENANTS, strict=True)]
+    for (exact_answer, exact_gradient), (answer, gradient) in zip(found[True], found[False], strict=True):
+        assert answer.loss == pytest.approx(exact_answer.loss, rel=1e-5)
+        assert float((gradient - exact_gradient).norm() / exact_gradient.norm()) < 1e-5
+    assert len(list(packs([_batch(model, "b")] * 3, 10_000, gradient_bytes=1))) == 3
+
+
+def _batch(model: hf_model.LoadedModel, name: str) -> MicroBatch:
+    bench = Bench(model)
+    adapter = bench.add(name, TENANTS[name][0], 1)
+    unit = bench.unit(name, random_data(1, (3,), model.info.vocab_size))
+    return micro_batch(unit, adapter, model.info, model.runtime.device)
 
 
 @pytest.mark.parametrize("pack_tokens", [1, 60, 150])

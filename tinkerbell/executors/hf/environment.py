@@ -1,5 +1,6 @@
 """Process-wide numeric settings, and the facts about this process that decide bits."""
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -11,9 +12,13 @@ import transformers
 from tinkerbell.executors.hf.head import CHUNK_ROWS
 from tinkerbell.executors.hf.model import LoadedModel
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of mallopt(3)."""
+
 
 def configure(num_threads: int) -> None:
     """Fix the thread count and ask torch for deterministic kernels; call before the model is loaded."""
+    _keep_memory()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(num_threads)
     torch.use_deterministic_algorithms(True)
@@ -39,6 +44,16 @@ def facts(model: LoadedModel) -> dict[str, str]:
         "deterministic": str(torch.are_deterministic_algorithms_enabled()).lower(),
         "micro_batch": f"one unit; head rows={CHUNK_ROWS}",
     }
+
+
+def _keep_memory() -> None:
+    """Have the C library keep freed memory: given back and taken again, the activations of every pass cost a page fault
+    for each 4 KiB. Other libraries than glibc have no such knob."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(M_MMAP_THRESHOLD, 1 << 30)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _cpu_model() -> str:

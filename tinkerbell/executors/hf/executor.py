@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
@@ -40,6 +40,8 @@ class Extra(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Of the base model: float32, bfloat16, or float64 (for reference runs)."""
     device: str | None = None
     """A torch device; default cuda if there is one."""
+    exactness: Literal["exact", "fast"] = "exact"
+    """exact: what a request gives does not depend on what runs beside it, to the last bit; fast: by rounding it may."""
     adapter_memory_mib: Annotated[int, msgspec.Meta(ge=1)] | None = None
     """Of the device, for adapters; those unused for longest lie in the host's memory meanwhile. Default: a quarter of a
     CUDA device. On a CPU both are one memory, and nothing moves."""
@@ -62,13 +64,14 @@ class HFExecutor:
         self._info = model.info
         budget_mib = extra.adapter_memory_mib
         self._adapters = Adapters(model.runtime.device, None if budget_mib is None else budget_mib * 1024**2)
-        self._trainer = Trainer(model.runtime, model.info, self._adapters)
+        exact = extra.exactness == "exact"
+        self._trainer = Trainer(model.runtime, model.info, self._adapters, exact=exact)
         self._sampler = Sampler(model.runtime, model.info, self._adapters)
         self._environment = Environment(
             executor="hf",
             model=model.info,
-            exact=model.runtime.device.type == "cpu",
-            facts=facts(model),
+            exact=exact and model.runtime.device.type == "cpu",
+            facts={**facts(model), "exactness": extra.exactness},
         )
 
     def describe(self) -> Environment:

@@ -105,7 +105,7 @@ class SplitRotary(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """x [1, T, D], position_ids [1, T] -> (cos, sin), each [1, T, head size]"""
-        sizes = self._runtime.current.sizes
+        sizes = self._runtime.current.micro_batch_sizes
         parts = [
             self.base(rows, positions, *args, **kwargs)
             for rows, positions in zip(torch.split(x, sizes, 1), torch.split(position_ids, sizes, 1), strict=True)

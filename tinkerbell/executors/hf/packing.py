@@ -4,7 +4,7 @@ Shapes: N tokens of one micro-batch, T rows of a pack.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,11 +18,11 @@ from tinkerbell.executors.port import ForwardBackward
 from tinkerbell.losses.registry import Loss, resolve
 from tinkerbell.types import Datum, ModelInfo
 
-PACK_TOKENS = 1024
-"""Packs above this gain nothing on a CPU (cache and page faults cost more than launches)."""
+PACK_TOKENS = 512
+"""Larger packs are slower on a CPU (cache, page faults) and hold twice the activations."""
 
-MAX_MICRO_BATCHES = 32
-"""In one pack: each holds a gradient buffer of its adapter's size."""
+GRADIENT_BYTES = 512 * 1024**2
+"""Of the micro-batches of one pack, unless the first alone has more: each has a buffer of its adapter's size."""
 
 
 @dataclass(slots=True)
@@ -49,6 +49,11 @@ class MicroBatch:
     def num_tokens(self) -> int:
         """N."""
         return len(self.tokens)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of the buffer it needs; 0 without a backward pass."""
+        return self.adapter.weights.flat.nbytes if self.unit.backward else 0
 
 
 def micro_batch(unit: ForwardBackward, adapter: Adapter, info: ModelInfo, device: torch.device) -> MicroBatch:
@@ -107,22 +112,29 @@ def check_token_ids(where: str, ids: bytes, info: ModelInfo) -> None:
         raise InvalidRequest(f"{where}: token {int(bad[0])} is outside the vocabulary of {info.vocab_size}")
 
 
-def packs(batches: Sequence[MicroBatch], max_tokens: int = PACK_TOKENS) -> Iterator[list[MicroBatch]]:
-    """Cut into packs of whole micro-batches, greedily in order, at most `max_tokens` each; a longer one is alone."""
+def packs(
+    batches: Sequence[MicroBatch], max_tokens: int = PACK_TOKENS, gradient_bytes: int = GRADIENT_BYTES
+) -> Iterator[list[MicroBatch]]:
+    """Cut into packs of whole micro-batches, greedily in order, each with at most so many tokens and bytes of
+    gradients; a larger one is alone."""
     pack: list[MicroBatch] = []
-    tokens = 0
+    tokens = size = 0
     for batch in batches:
-        if pack and (tokens + batch.num_tokens > max_tokens or len(pack) == MAX_MICRO_BATCHES):
+        if pack and (tokens + batch.num_tokens > max_tokens or size + batch.gradient_bytes > gradient_bytes):
             yield pack
-            pack, tokens = [], 0
+            pack, tokens, size = [], 0, 0
         pack.append(batch)
         tokens += batch.num_tokens
+        size += batch.gradient_bytes
     if pack:
         yield pack
 
 
-def plan(pack: Sequence[MicroBatch]) -> Pass:
-    """The pass over the rows of `pack`, in order."""
+def plan(pack: Sequence[MicroBatch], *, exact: bool, head: str) -> tuple[Pass, Pass]:
+    """The pass over the rows of `pack`, in order, through the decoder and through the layer named `head`.
+
+    Exact: split where the micro-batches are. Otherwise whole, but for a head with LoRA on some of the rows.
+    """
     bounds = [0]
     ranges: list[RowRange] = []
     lengths: list[int] = []
@@ -131,4 +143,8 @@ def plan(pack: Sequence[MicroBatch]) -> Pass:
         ranges.append(RowRange(start, stop, batch.adapter, batch.gradient))
         bounds.append(stop)
         lengths += batch.lengths
-    return Pass(bounds=tuple(bounds), ranges=tuple(ranges), attention=PackedCausal(lengths))
+    split = Pass(bounds=tuple(bounds), ranges=tuple(ranges), attention=PackedCausal(lengths))
+    if exact:
+        return split, split
+    whole = replace(split, bounds=(0, bounds[-1]), micro_batches=split.bounds)
+    return whole, split if split.on(head) else whole

@@ -58,11 +58,18 @@ class Pass:
     """0 = first < ... < last = T."""
     ranges: tuple[RowRange, ...] = ()
     attention: AttentionBackend = field(default_factory=lambda: PackedCausal(()))
+    micro_batches: tuple[int, ...] | None = None
+    """Bounds of the micro-batches where `bounds` are wider: what must not mix whatever is computed together."""
 
     @property
     def sizes(self) -> list[int]:
         """Rows of each micro-batch."""
         return [stop - start for start, stop in pairwise(self.bounds)]
+
+    @property
+    def micro_batch_sizes(self) -> list[int]:
+        """Rows of each micro-batch, also where several are computed together."""
+        return [stop - start for start, stop in pairwise(self.micro_batches or self.bounds)]
 
     def on(self, module: str) -> list[RowRange]:
         """The ranges whose adapter has a LoRA on `module`."""

@@ -54,8 +54,12 @@ class Trainer:
         info: ModelInfo,
         adapters: dict[AdapterId, Adapter],
         pack_tokens: int = PACK_TOKENS,
+        *,
+        exact: bool = True,
     ) -> None:
-        """`adapters` is the executor's own mapping, which adds and removes."""
+        """`adapters` is the executor's own mapping, which adds and removes. `exact`: a micro-batch has the same bits
+        in any company; otherwise base products run over whole packs, which is faster for short ones."""
+        self._exact = exact
         self._runtime = runtime
         self._info = info
         self._adapters = adapters
@@ -123,12 +127,12 @@ class Trainer:
         for batch in pack:
             batch.gradient = batch.adapter.new_buffer() if backward else None
         sizes = [batch.num_tokens for batch in pack]
-        rows = plan(pack)
+        rows, head_rows = plan(pack, exact=self._exact, head=self._runtime.head.name)
         with torch.set_grad_enabled(backward):
             hidden = self._runtime.hidden(
                 torch.cat([batch.tokens for batch in pack]), torch.cat([batch.positions for batch in pack]), rows
             )
-            logprobs = target_logprobs(self._runtime, hidden, torch.cat([batch.targets for batch in pack]), rows)
+            logprobs = target_logprobs(self._runtime, hidden, torch.cat([batch.targets for batch in pack]), head_rows)
         parts = torch.split(logprobs.detach(), sizes)
         values = [_evaluate(batch, part) for batch, part in zip(pack, parts, strict=True)]
         if backward and any(isinstance(value, LossValue) for value in values):
