@@ -137,6 +137,18 @@ def test_as_shipped_the_bound_holds_among_tenants_that_never_wait_for_themselves
     _hold_to_the_bound(weights, gradients, first, 0.0, float("inf"), 0.0, adapters)
 
 
+def test_slack_counts_once_for_each_of_a_pair():
+    """Each is served past the other by the slack and a unit: first t1, whose samples t0 cannot join, then t0."""
+    script = [(1, 0, 899, "sample"), (1, 0, 999, "sample"), (0, 0, 2626, "step"), (1, 0, 899, "sample")]
+    _hold_to_the_bound([0.5, 1.0], [*script, (1, 0, 1, "sample")], 4, 0.0, 2000.0, 2000.0, 1)
+
+
+def test_what_rides_along_lifts_nobody():
+    """t1 arrives after t2's expensive optim_step rode along: it must not be lifted past the waiting t0 by that."""
+    script = [(0, 0, 1, "train"), (0, 0, 1, "train"), (2, 0, 201, "step"), (0, 0, 2150, "step"), (1, 0, 1, "train")]
+    _hold_to_the_bound([4.0, 4.0, 0.5], script, 3, 0.0, 0.0, 0.0, 1)
+
+
 def _hold_to_the_bound(weights, script, first, credit, slack, slack_in_bound, adapters):
     names = {f"t{i}": weight for i, weight in enumerate(weights)}
     load = Load(names, credit=credit, slack=slack, adapters=adapters)
@@ -187,7 +199,7 @@ def _hold_to_the_bound(weights, script, first, credit, slack, slack_in_bound, ad
                     span[0], span[1] = min(span[0], gap), max(span[1], gap)
                     smallest = min(names[pair[0]], names[pair[1]])
                     bound = sum((CHUNK + OPTIM_US) / names[name] for name in pair)
-                    bound += (credit + 2 * OPTIM_US) / smallest + slack_in_bound
+                    bound += (credit + 2 * OPTIM_US) / smallest + 2 * slack_in_bound
                     assert span[1] - span[0] <= bound + 1e-6, f"P4: {span} > {bound}"
             if ended:
                 waiting[tenant] -= 1

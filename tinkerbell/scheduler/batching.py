@@ -137,11 +137,11 @@ class _Filling:
     works: list[Work] = field(default_factory=list)
     adapters: set[AdapterId] = field(default_factory=set)
 
-    def take(self, cursor: _Cursor) -> None:
+    def take(self, cursor: _Cursor, *, in_turn: bool = True) -> None:
         request = cursor.request
         assert request is not None
         estimate = self.price(request, cursor.chunk)
-        self.shares.charge(request.tenant, cursor.queue.key, estimate)
+        self.shares.charge(request.tenant, cursor.queue.key, estimate, in_turn=in_turn)
         self.works.append(Work(request, cursor.chunk, estimate))
         self.room -= request.chunk_tokens(cursor.chunk)
         if request.adapter is not None:
@@ -199,7 +199,7 @@ def plan(
         if lane == "control" or request.suspect:
             # A suspect runs alone, so that what it does is nobody else's loss.
             while cursor.request is request and _fits(cursor, filling, limits):
-                filling.take(cursor)
+                filling.take(cursor, in_turn=False)
             break
         if cursor.request is None:
             heapq.heappop(turn)
@@ -228,7 +228,7 @@ def _ride_along(cursor: _Cursor, filling: _Filling) -> None:
     if cursor.used and not cursor.closed and following is not None and following.kind == "optim_step":
         alone = following.suspect or filling.works[0].request.suspect
         if not alone:
-            filling.take(cursor)
+            filling.take(cursor, in_turn=False)
 
 
 def _queues_of(tenant: str, pending: Pending, shares: FairShare) -> list[tuple[float, int, _Cursor]]:

@@ -6,8 +6,9 @@ Goyal, Vin & Cheng 1996 (Start-time Fair Queueing) for the rule and its bound, S
 2401.00588) for counters of accelerator cost in place of packet length.
 
 Bounds, with C_i = (largest unit + the optim_step that rides along) / weight, in virtual microseconds:
-- two tenants f, g backlogged all the while: |S_f / w_f - S_g / w_g| <= C_f + C_g + credit + slack + the error
-  of the estimates still in flight;
+- two tenants f, g backlogged all the while, over any interval of it: |S_f / w_f - S_g / w_g| <= C_f + C_g +
+  credit + 2 slack + the error of the estimates still in flight. Slack counts twice: once f was served past a
+  waiting g, once g past f;
 - an arriving tenant's head starts after at most the running batch and one unit of each other backlogged
   tenant.
 Virtual times live in memory: a new leader starts them equal, which costs at most one bound.
@@ -27,7 +28,7 @@ class _Level:
 
     def __init__(self) -> None:
         self.virtual = 0.0
-        """Largest start time served: what a member that returns is lifted to. Never falls."""
+        """Largest start time served in its turn: what a member that returns is lifted to. Never falls."""
         self.times: dict[str, float] = {}
         self.backlogged: dict[str, int] = {}
         """Member -> arrival number, which breaks ties."""
@@ -49,9 +50,10 @@ class _Level:
             # An idle member behind its lift would be lifted anyway, so forgetting it changes nothing.
             self.times = {m: t for m, t in self.times.items() if m in now or t > self.virtual - credit(m)}
 
-    def charge(self, member: str, amount: float) -> None:
+    def charge(self, member: str, amount: float, in_turn: bool) -> None:
         start = self.times[member]
-        self.virtual = max(self.virtual, start)
+        if in_turn:
+            self.virtual = max(self.virtual, start)
         self.times[member] = start + amount
 
     def correct(self, member: str, amount: float) -> None:
@@ -118,10 +120,11 @@ class FairShare:
     def time_of_queue(self, tenant: TenantId, queue: str) -> float:
         return self._queues[tenant].times[queue]
 
-    def charge(self, tenant: TenantId, queue: str, cost_us: float) -> None:
-        """A unit of this estimated cost was put into the batch."""
-        self._tenants.charge(tenant, cost_us / self.weight(tenant))
-        self._queues[tenant].charge(queue, cost_us)
+    def charge(self, tenant: TenantId, queue: str, cost_us: float, *, in_turn: bool = True) -> None:
+        """A unit of this estimated cost was put into the batch. Out of turn it rides along with the one before: it
+        says nothing about how far service has come, so nobody is lifted to it."""
+        self._tenants.charge(tenant, cost_us / self.weight(tenant), in_turn)
+        self._queues[tenant].charge(queue, cost_us, in_turn)
 
     def correct(self, tenant: TenantId, queue: str, difference_us: float) -> None:
         """What was charged for a unit turned out to be this much too little (or too much, if negative)."""
