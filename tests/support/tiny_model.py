@@ -1,4 +1,4 @@
-"""A tiny random Llama on disk, for tests that need the real code but not a real model."""
+"""Tiny random models, for tests that need the real code but not a real model."""
 
 from pathlib import Path
 from typing import Any
@@ -33,3 +33,25 @@ def write_tiny_model(directory: Path, *, seed: int = 0, **overrides: Any) -> Pat
         torch.set_rng_state(state)
     model.save_pretrained(str(directory))
     return directory
+
+
+def make(family: str, **more: Any) -> Any:
+    """A random model of a transformers family (hidden 32, 2 layers, vocabulary 64), in memory."""
+    import transformers
+
+    settings: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    }
+    state = torch.get_rng_state()
+    try:
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{family}Config")(**(settings | more))
+        return transformers.AutoModelForCausalLM.from_config(config)
+    finally:
+        torch.set_rng_state(state)

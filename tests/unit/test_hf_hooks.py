@@ -4,17 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.support.tiny_model import write_tiny_model
+from tests.support.tiny_model import make, write_tiny_model
 from tinkerbell.errors import InvalidRequest
 from tinkerbell.executors.hf import hooks
 from tinkerbell.executors.hf import model as hf_model
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -25,6 +19,7 @@ SMALL: dict[str, Any] = {
         ("Qwen2", {}),
         ("Qwen3", {"head_dim": 16}),
         ("Mistral", {"sliding_window": 20}),
+        ("Gemma", {"head_dim": 16, "pad_token_id": 0}),
         ("Phi3", {"pad_token_id": 0}),
         ("Olmo2", {}),
     ],
@@ -35,14 +30,6 @@ def test_families_that_fit(family: str, more: dict[str, Any]) -> None:
     runtime = hooks.install(model)
     assert "lm_head" in runtime.shapes
     assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-def make(family: str, **more: Any) -> Any:
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**(SMALL | more))
-    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 @pytest.mark.parametrize(

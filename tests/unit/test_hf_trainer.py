@@ -210,10 +210,10 @@ def test_an_exception_in_one_micro_batch_fails_it_alone(bench: Bench, monkeypatc
         bench.adapters[name].gradient = None
     real_plan = trainer.plan
 
-    def broken_plan(pack: list[trainer.MicroBatch], **how: Any) -> object:
+    def broken_plan(pack: list[trainer.MicroBatch], *how: Any) -> object:
         if any(batch.unit.adapter == "b" for batch in pack):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return real_plan(pack, **how)
+        return real_plan(pack, *how)
 
     monkeypatch.setattr(trainer, "plan", broken_plan)
     a, b, c = bench.trainer.run([bench.unit(name, data[name]) for name in "abc"])

@@ -30,6 +30,14 @@ class AttentionBackend(Protocol):
         ...
 
 
+class PackedAttention(AttentionBackend, Protocol):
+    """One over sequences that lie one after another in the rows of a pass."""
+
+    def fill(self, num_rows: int) -> None:
+        """So many rows of no one follow the last sequence."""
+        ...
+
+
 class PackedCausal:
     """Causal attention within each of the sequences that lie one after another in the rows of a pass."""
 
@@ -38,23 +46,22 @@ class PackedCausal:
         self.lengths = list(lengths)
         self._offsets: Tensor | None = None
 
+    def fill(self, num_rows: int) -> None:
+        """See PackedAttention."""
+        self.lengths.append(num_rows)
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See AttentionBackend. On CUDA one varlen kernel; that branch has never been run."""
         if query.is_cuda:
             return self._varlen(query, key, value, scale)
         grouped = query.shape[1] != key.shape[1]
-        fresh: Callable[[Tensor], Tensor] = _Fresh.apply
-        # `split` rather than slices: its backward is one concatenation, a slice's is a full-size zero tensor each.
-        parts = zip(*(torch.split(x, self.lengths, 2) for x in (query, key, value)), strict=True)
+        split: Callable[..., tuple[Tensor, ...]] = _Split.apply
+        fresh: Callable[[Tensor], Tensor] = _Aligned.apply
+        parts = zip(*(split(x, self.lengths) for x in (query, key, value)), strict=True)
         outputs = [
-            fresh(
-                scaled_dot_product_attention(
-                    fresh(q), fresh(k), fresh(v), is_causal=True, scale=scale, enable_gqa=grouped
-                )
-            ).transpose(1, 2)
-            for q, k, v in parts
+            scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped) for q, k, v in parts
         ]
-        return torch.cat(outputs, 1)
+        return torch.cat([fresh(output.transpose(1, 2)) for output in outputs], 1)
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
@@ -72,17 +79,45 @@ class PackedCausal:
         return out[None]
 
 
-class _Fresh(torch.autograd.Function):
-    """A copy of its own in both directions: a slice's address and strides tell how much company it has, and a
-    kernel may round otherwise for another alignment."""
+class _Split(torch.autograd.Function):
+    """x [1, H, T, D] -> each sequence's rows, laid out and aligned as they are when the sequence is alone.
+
+    Rows of x are expected side by side in memory, [T, H, D], as projections leave them; the gradient has that layout.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone(memory_format=torch.contiguous_format)
+    def forward(ctx: Any, x: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
+        ctx.lengths, ctx.shape = lengths, x.shape
+        rows = x.transpose(1, 2).contiguous()
+        return tuple(_aligned(part).transpose(1, 2) for part in torch.split(rows, lengths, 1))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        return grad_outputs[0].clone(memory_format=torch.contiguous_format)
+        _, heads, length, size = ctx.shape
+        gradient = grad_outputs[0].new_empty(1, length, heads, size)
+        for into, part in zip(torch.split(gradient, ctx.lengths, 1), grad_outputs, strict=True):
+            into.copy_(part.transpose(1, 2))
+        return gradient.transpose(1, 2), None
+
+
+class _Aligned(torch.autograd.Function):
+    """The identity; the gradient comes as if there were nothing else in the tensor it is part of."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return _aligned(grad_outputs[0])
+
+
+def _aligned(part: Tensor) -> Tensor:
+    """`part` [1, L, H, D], copied unless its rows lie side by side from a 64-byte boundary on: its address and strides
+    tell how much company it has, and a kernel may round otherwise for another alignment."""
+    if part.is_contiguous() and part.data_ptr() % 64 == 0:
+        return part
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def register() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from tinkerbell.executors.hf.gemm import BLOCK
 from tinkerbell.executors.hf.head import CHUNK_ROWS
 from tinkerbell.executors.hf.model import LoadedModel
 
@@ -42,7 +43,7 @@ def facts(model: LoadedModel) -> dict[str, str]:
         "torch_build": hashlib.sha256(torch.__config__.show().encode()).hexdigest()[:16],
         "transformers": transformers.__version__,
         "deterministic": str(torch.are_deterministic_algorithms_enabled()).lower(),
-        "micro_batch": f"one unit; head rows={CHUNK_ROWS}",
+        "micro_batch": f"one unit; head rows={CHUNK_ROWS}, columns={BLOCK}",
     }
 
 

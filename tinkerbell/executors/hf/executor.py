@@ -42,6 +42,9 @@ class Extra(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """A torch device; default cuda if there is one."""
     exactness: Literal["exact", "fast"] = "exact"
     """exact: what a request gives does not depend on what runs beside it, to the last bit; fast: by rounding it may."""
+    activation_memory_mib: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """For what a training pass keeps until its backward; default: what 512 tokens, or the longest micro-batch, need.
+    Below that passes get smaller and then compute a layer twice; no bit changes."""
     adapter_memory_mib: Annotated[int, msgspec.Meta(ge=1)] | None = None
     """Of the device, for adapters; those unused for longest lie in the host's memory meanwhile. Default: a quarter of a
     CUDA device. On a CPU both are one memory, and nothing moves."""
@@ -65,13 +68,16 @@ class HFExecutor:
         budget_mib = extra.adapter_memory_mib
         self._adapters = Adapters(model.runtime.device, None if budget_mib is None else budget_mib * 1024**2)
         exact = extra.exactness == "exact"
-        self._trainer = Trainer(model.runtime, model.info, self._adapters, exact=exact)
+        self._trainer = Trainer(
+            model.runtime, model.info, self._adapters, exact=exact,
+            activation_bytes=None if extra.activation_memory_mib is None else extra.activation_memory_mib * 1024**2,
+        )  # fmt: skip
         self._sampler = Sampler(model.runtime, model.info, self._adapters)
         self._environment = Environment(
             executor="hf",
             model=model.info,
             exact=exact and model.runtime.device.type == "cpu",
-            facts={**facts(model), "exactness": extra.exactness},
+            facts={**facts(model), "exactness": extra.exactness, "products": self._trainer.products()},
         )
 
     def describe(self) -> Environment:

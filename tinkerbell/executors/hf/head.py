@@ -1,86 +1,178 @@
 """Logprobs of given targets without ever holding the logits of a whole pass.
 
-Shapes: N rows of one micro-batch, C rows of one chunk, D hidden size, V vocabulary, R LoRA rank.
+Shapes: T rows of a pass, N rows of one run, C rows of one chunk, D hidden size, V vocabulary, B columns of one block
+of the vocabulary, R LoRA rank.
 
 With z = W x + b: logp = z[y] - logsumexp(z), and d logp / d x = W[y] - softmax(z) W does not depend on the loss.
 So forward computes that row beside the logprob, and backward of any loss of logprobs multiplies row n by
-dLoss/dlogp[n]. A LoRA on the head needs gradients that do depend on the loss; its backward computes each chunk's
-logits again.
+dLoss/dlogp[n]. A LoRA on the head needs gradients that do depend on the loss; its backward computes each block's
+logits again. Blocks of the vocabulary are joined by their largest logit and sum (Milakov, Gimelshein 2018,
+arXiv 1805.02867), so that what is at work fits into the cache.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tinkerbell.executors.hf.lora import MultiLoraLinear, accumulate, rows
+from tinkerbell.executors.hf.gemm import BLOCK, Heights, filled, rows, softmax_in_place
+from tinkerbell.executors.hf.lora import MultiLoraLinear, accumulate
 from tinkerbell.executors.hf.runtime import Pass, RowRange, Runtime
 
-CHUNK_ROWS = 128
-"""C: rows of logits held at once. Part of what decides bits, hence no option."""
+CHUNK_ROWS = 512
+"""C where a micro-batch goes through the head by itself. Part of what decides bits, hence no option."""
+
+LANES = 64
+"""Numbers of one row each lie in vectors filled up to a multiple of this, so that no kernel treats some of them in a
+remainder loop."""
+
+
+class Run(NamedTuple):
+    """Neighbouring rows of a pass that go through the head together."""
+
+    start: int
+    stop: int
+    heights: Heights | None
+    """Of products over rows of several micro-batches; None where it is one micro-batch."""
+    lora: RowRange | None
+    """The LoRA on the head of these rows."""
+
+    def chunks(self) -> Iterator[tuple[int, int, int]]:
+        """(first row, one past the last, height of the product), from 0 at this run's start."""
+        n = self.stop - self.start
+        if self.heights is not None:
+            for start, stop in pairwise(self.heights.cuts(filled(n))):
+                yield start, min(stop, n), stop - start
+        else:
+            for start in range(0, n, CHUNK_ROWS):
+                stop = min(start + CHUNK_ROWS, n)
+                yield start, stop, stop - start
+
+
+def runs(runtime: Runtime, plan: Pass) -> list[Run]:
+    """Cover the rows of a pass, in order. A LoRA on the head makes its micro-batch a run of its own."""
+    by_start = {r.start: r for r in plan.on(runtime.head.name)}
+    heights = None if plan.micro_batches is None else runtime.heights
+    found: list[Run] = []
+    for start, stop in pairwise(plan.apart):
+        lora = by_start.get(start)
+        assert lora is None or lora.stop == stop, "a LoRA on the head covers its whole micro-batch"
+        if heights is not None and lora is None and found and found[-1].lora is None:
+            start = found.pop().start
+        found.append(Run(start, stop, heights if lora is None else None, lora))
+    return found
 
 
 def target_logprobs(runtime: Runtime, hidden: Tensor, targets: Tensor, plan: Pass) -> Tensor:
     """[T] nats, fp32 (fp64 for an fp64 model): logprob of targets [T] int64 given hidden [T, D] of a pass.
 
-    Micro-batch by micro-batch; `plan` is the pass that gave `hidden`.
+    `plan` is the pass that gave `hidden`.
     """
     head = runtime.head
-    by_start = {r.start: r for r in plan.on(head.name)}
+    found = runs(runtime, plan)
+    sizes = [run.stop - run.start for run in found]
     parts: list[Tensor] = []
-    start = 0
-    for x, y in zip(torch.split(hidden, plan.sizes), torch.split(targets, plan.sizes), strict=True):
-        lora = by_start.get(start)
-        if lora is None:
-            parts.append(_apply(_TargetLogprob, x, head.weight, head.bias, y))
-        else:
-            assert lora.stop == start + x.shape[0], "a LoRA on the head covers its whole micro-batch"
-            parts.append(_apply(_LoraTargetLogprob, x, runtime.anchor, head, lora, y))
-        start += x.shape[0]
+    for run, x, y in zip(found, torch.split(hidden, sizes), torch.split(targets, sizes), strict=True):
+        function = _TargetLogprob if run.lora is None else _LoraTargetLogprob
+        apply: Callable[..., Tensor] = function.apply
+        parts.append(apply(x, runtime.anchor, head, y, run))
     return torch.cat(parts)
 
 
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
-    apply: Callable[..., Tensor] = function.apply
-    return apply(*args)
+def chunk_rows(x: Tensor, start: int, stop: int, height: int) -> Tensor:
+    """[height, D]: rows [start, stop) of x, filled up with zeros."""
+    part = rows(x, start, stop)
+    return part if height == stop - start else torch.cat((part, part.new_zeros(height - (stop - start), x.shape[1])))
 
 
-def _chunks(num_rows: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, num_rows, CHUNK_ROWS):
-        yield start, min(start + CHUNK_ROWS, num_rows)
+def logit_blocks(x: Tensor, head: MultiLoraLinear, lora: RowRange | None) -> Iterator[tuple[int, int, Tensor]]:
+    """(first column, one past the last, logits [C, B] in at least fp32) of x [C, D]; the next block overwrites them."""
+    buffer = x.new_empty(x.shape[0] * BLOCK)
+    down = None
+    if lora is not None:
+        pair = lora.adapter.weights.pairs[head.name]
+        down = torch.mm(x, pair.A.t().to(x.dtype))
+    for start in range(0, head.out_features, BLOCK):
+        stop = min(start + BLOCK, head.out_features)
+        z = buffer[: x.shape[0] * (stop - start)].view(x.shape[0], stop - start)
+        torch.mm(x, head.weight[start:stop].t(), out=z)
+        if head.bias is not None:
+            z += head.bias[start:stop]
+        if lora is not None and down is not None:
+            z.addmm_(down, pair.B[start:stop].t().to(x.dtype), alpha=lora.adapter.scale)
+        yield start, stop, z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
 
 
-def _softmax_in_place(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """z [C, V] becomes exp(z - max); returns (exp(z - max), its row sums [C, 1], logprob of y [C])."""
-    target = z.gather(1, y[:, None])
-    z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
-    top = z.amax(1, keepdim=True)
-    z.sub_(top).exp_()
-    total = z.sum(1, keepdim=True)
-    logprob = (target.to(z.dtype) - top - total.log()).squeeze(1)
-    return z, total, logprob
+class Softmax:
+    """What is known of the softmax of C rows after some blocks of the vocabulary."""
+
+    def __init__(self, targets: Tensor, height: int, dtype: torch.dtype) -> None:
+        """targets [N], N <= C = `height`; `dtype` of the logits."""
+        self.height = height
+        self._targets = torch.nn.functional.pad(targets, (0, height - len(targets)))
+        lanes = -(-height // LANES) * LANES
+        self.top = torch.full((lanes,), -torch.inf, dtype=dtype, device=targets.device)
+        """The largest logit."""
+        self.total = torch.zeros_like(self.top)
+        """Sum of exp(z - top)."""
+        self.target = torch.zeros_like(self.top)
+        """Logit of the target."""
+
+    def take(self, start: int, stop: int, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z [C, B], logits of columns [start, stop), becomes its softmax over this block. Returns it, and what a sum
+        over earlier blocks [C, 1] and one over this block [C, 1] have to be multiplied by before they are added:
+        sums are of exp(z - top)."""
+        inside, column = self.targets_in(start, stop)
+        torch.where(inside, z.gather(1, column).squeeze(1), self.target[: self.height], out=self.target[: self.height])
+        top, largest = torch.zeros_like(self.top), torch.ones_like(self.top)
+        top[: self.height] = z.amax(1)
+        p = softmax_in_place(z)
+        # The largest probability is 1 / sum(exp(z - max)), rounded once, and spares a second pass over the row.
+        largest[: self.height] = p.amax(1)
+        before, self.top = self.top, torch.maximum(self.top, top)
+        old = before.sub_(self.top).exp_()
+        new = top.sub_(self.top).exp_().div_(largest)
+        self.total = self.total.mul_(old).add_(new)
+        return p, old[: self.height, None], new[: self.height, None]
+
+    def targets_in(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """([C] whether the target is among columns [start, stop), [C, 1] which of them, any where it is not)."""
+        column = self._targets - start
+        inside = (column >= 0) & (column < stop - start)
+        return inside, column.clamp_(0, stop - start - 1)[:, None]
+
+    def logsumexp(self) -> Tensor:
+        """[C] after all blocks."""
+        return (self.top + self.total.log())[: self.height]
+
+    def logprobs(self) -> Tensor:
+        """[C] of the targets, after all blocks."""
+        return (self.target - self.top).sub_(self.total.log())[: self.height]
 
 
 class _TargetLogprob(torch.autograd.Function):
     """x [N, D], targets [N] -> [N]; backward is a row scaling."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        needs_grad = ctx.needs_input_grad[0]
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, head: MultiLoraLinear, targets: Tensor, run: Run) -> Tensor:
         logprobs: list[Tensor] = []
-        jacobian = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_grad else None
-        buffer = x.new_empty(min(CHUNK_ROWS, x.shape[0]), weight.shape[0])
-        for start, stop in _chunks(x.shape[0]):
+        jacobian = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
+        for start, stop, height in run.chunks():
             y = targets[start:stop]
-            z = torch.mm(rows(x, start, stop), weight.t(), out=buffer[: stop - start])
-            if bias is not None:
-                z += bias
-            z, total, logprob = _softmax_in_place(z, y)
-            logprobs.append(logprob)
-            if jacobian is not None:
-                mean = torch.mm(z.to(weight.dtype), weight).div_(total)
-                torch.sub(weight.index_select(0, y), mean, out=jacobian[start:stop])
+            part = chunk_rows(x, start, stop, height)
+            mean: Tensor | None = None
+            softmax = Softmax(y, height, wide(x.dtype))
+            for first, end, z in logit_blocks(part, head, None):
+                p, old, new = softmax.take(first, end, z)
+                if jacobian is not None:
+                    term = torch.mm(p.to(x.dtype), head.weight[first:end]).to(p.dtype).mul_(new)
+                    mean = term if mean is None else mean.mul_(old).add_(term)
+            logprobs.append(softmax.logprobs()[: stop - start])
+            if jacobian is not None and mean is not None:
+                mean = mean.div_(softmax.total[:height, None])[: stop - start]
+                jacobian[start:stop] = head.weight.index_select(0, y) - mean
         if jacobian is not None:
             ctx.save_for_backward(jacobian)
         return torch.cat(logprobs)
@@ -88,52 +180,51 @@ class _TargetLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (jacobian,) = ctx.saved_tensors
-        return jacobian * grad_outputs[0].unsqueeze(1).to(jacobian.dtype), None, None, None
+        return jacobian * grad_outputs[0].unsqueeze(1).to(jacobian.dtype), None, None, None, None
 
 
 class _LoraTargetLogprob(torch.autograd.Function):
     """The same with z = W x + b + scale B A x; backward also yields the gradients of A and B."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, head: MultiLoraLinear, lora: RowRange, targets: Tensor) -> Tensor:
-        logprobs: list[Tensor] = []
-        for start, stop in _chunks(x.shape[0]):
-            z, _ = _lora_logits(rows(x, start, stop), head, lora)
-            logprobs.append(_softmax_in_place(z, targets[start:stop])[2])
-        ctx.head, ctx.lora = head, lora
-        ctx.save_for_backward(x, targets)
-        return torch.cat(logprobs)
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, head: MultiLoraLinear, targets: Tensor, run: Run) -> Tensor:
+        found: list[Softmax] = []
+        for start, stop, height in run.chunks():
+            found.append(Softmax(targets[start:stop], height, wide(x.dtype)))
+            for block in logit_blocks(rows(x, start, stop), head, run.lora):
+                found[-1].take(*block)
+        ctx.head, ctx.run, ctx.found = head, run, found
+        ctx.save_for_backward(x)
+        return torch.cat([softmax.logprobs() for softmax in found])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        x, targets = ctx.saved_tensors
-        head, lora = ctx.head, ctx.lora
+        """d logp / d z = onehot(y) - softmax(z), times dLoss/dlogp."""
+        (x,) = ctx.saved_tensors
+        head, lora = ctx.head, ctx.run.lora
         pair, scale = lora.adapter.weights.pairs[head.name], lora.adapter.scale
-        gx = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
-        for start, stop in _chunks(x.shape[0]):
-            part, y = rows(x, start, stop), targets[start:stop]
-            z, h = _lora_logits(part, head, lora)
-            p, total, _ = _softmax_in_place(z, y)
-            # d logp / d z = onehot(y) - softmax(z), times dLoss/dlogp
-            gz = p.div_(total).neg_()
-            gz.scatter_add_(1, y[:, None], torch.ones_like(y, dtype=gz.dtype)[:, None])
-            gz = gz.mul_(grad_outputs[0][start:stop, None].to(gz.dtype)).to(x.dtype)
-            gh = torch.mm(gz, pair.B.to(x.dtype))
+        gx = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        for (start, stop, height), softmax in zip(ctx.run.chunks(), ctx.found, strict=True):
+            part, g = rows(x, start, stop), grad_outputs[0][start:stop, None]
+            down = torch.mm(part, pair.A.t().to(x.dtype))
+            gh = torch.zeros_like(down)
+            into = rows(gx, start, stop)
+            for first, end, z in logit_blocks(part, head, lora):
+                p = z.sub_(softmax.top[:height, None]).exp_().div_(softmax.total[:height, None])
+                inside, column = softmax.targets_in(first, end)
+                gz = p.neg_().scatter_add_(1, column, inside[:, None].to(p.dtype)).mul_(g.to(p.dtype)).to(x.dtype)
+                gh.addmm_(gz, pair.B[first:end].to(x.dtype))
+                into.addmm_(gz, head.weight[first:end])
+                if lora.gradient is not None:
+                    accumulate(lora.gradient.pairs[head.name].B[first:end], gz.t(), down, scale)
             if lora.gradient is not None:
-                into = lora.gradient.pairs[head.name]
-                accumulate(into.B, gz.t(), h, scale)
-                accumulate(into.A, gh.t(), part, scale)
-            if gx is not None:
-                gx[start:stop] = torch.mm(gz, head.weight).addmm_(gh, pair.A.to(x.dtype), alpha=scale)
+                accumulate(lora.gradient.pairs[head.name].A, gh.t(), part, scale)
+            into.addmm_(gh, pair.A.to(x.dtype), alpha=scale)
+            if into.data_ptr() != gx[start:stop].data_ptr():
+                gx[start:stop] = into
         return gx, None, None, None, None
 
 
-def _lora_logits(x: Tensor, head: MultiLoraLinear, lora: RowRange) -> tuple[Tensor, Tensor]:
-    """x [C, D] -> (logits [C, V], x A^T [C, R])."""
-    pair = lora.adapter.weights.pairs[head.name]
-    z = torch.mm(x, head.weight.t())
-    if head.bias is not None:
-        z += head.bias
-    h = torch.mm(x, pair.A.t().to(x.dtype))
-    z.addmm_(h, pair.B.t().to(x.dtype), alpha=lora.adapter.scale)
-    return z, h
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Of logits and what is computed from them, in a model of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

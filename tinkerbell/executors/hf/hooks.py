@@ -8,7 +8,10 @@ from torch import Tensor, nn
 from tinkerbell.errors import InvalidRequest
 from tinkerbell.executors.hf import attention
 from tinkerbell.executors.hf.adapter import LinearShape
+from tinkerbell.executors.hf.fused import fuse
+from tinkerbell.executors.hf.gemm import Heights
 from tinkerbell.executors.hf.lora import MultiLoraLinear
+from tinkerbell.executors.hf.recompute import make_recomputable
 from tinkerbell.executors.hf.runtime import Pass, Runtime
 
 SELF_CHECK_TOLERANCE = 1e-2
@@ -50,6 +53,11 @@ def install(model: Any) -> Runtime:
         for name, module in model.named_modules()
         if isinstance(module, MultiLoraLinear)
     }
+    weights = [m.weight.detach() for m in model.modules() if isinstance(m, MultiLoraLinear) and m is not hooked_head]
+    kinds = {(weight.shape, weight.stride()): weight for weight in weights}
+    runtime.heights = Heights(list(kinds.values()), hooked_head.weight.detach())
+    fuse(decoder)
+    make_recomputable(decoder, runtime)
     _self_check(runtime, type(model).__name__, probe, expected)
     return runtime
 
@@ -88,7 +96,7 @@ class SplitRows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., T, F] -> [..., T, F]"""
         plan = self._runtime.current
-        if len(plan.bounds) == 2:
+        if len(plan.apart) == 2:
             whole: Tensor = self.base(x)
             return whole
         return torch.cat([self.base(part) for part in torch.split(x, plan.sizes, -2)], -2)
@@ -105,7 +113,7 @@ class SplitRotary(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """x [1, T, D], position_ids [1, T] -> (cos, sin), each [1, T, head size]"""
-        sizes = self._runtime.current.micro_batch_sizes
+        sizes = self._runtime.current.sizes
         parts = [
             self.base(rows, positions, *args, **kwargs)
             for rows, positions in zip(torch.split(x, sizes, 1), torch.split(position_ids, sizes, 1), strict=True)

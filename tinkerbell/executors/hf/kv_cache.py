@@ -70,6 +70,10 @@ class PrefillAttention:
         self._prefixes = prefixes
         self._packed = PackedCausal([prefix.length for prefix in prefixes])
 
+    def fill(self, num_rows: int) -> None:
+        """See attention.PackedAttention."""
+        self._packed.fill(num_rows)
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See attention.AttentionBackend."""
         start = 0

@@ -5,11 +5,12 @@ y = x W^T + bias, and for the rows of each range: y += scale (x A^T) B^T (Hu et 
 """
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from tinkerbell.executors.hf.gemm import mm_split, rows
 
 if TYPE_CHECKING:
     from tinkerbell.executors.hf.runtime import RowRange, Runtime
@@ -68,7 +69,8 @@ class MultiLoraFn(torch.autograd.Function):
             add_rows(y, r.start, r.stop, h, pair.B.t().to(x.dtype), r.adapter.scale)
             down.append(h)
         ctx.name, ctx.ranges, ctx.bounds = name, ranges, bounds
-        ctx.save_for_backward(x, weight, *down)
+        # x is kept for the gradients of A only; without a LoRA here that is nothing.
+        ctx.save_for_backward(x if any(r.gradient is not None for r in ranges) else None, weight, *down)
         return y
 
     @staticmethod
@@ -91,16 +93,6 @@ class MultiLoraFn(torch.autograd.Function):
         return gx, None, None, None, None, None, None
 
 
-def rows(x: Tensor, start: int, stop: int) -> Tensor:
-    """x[start:stop], copied where the slice does not begin on a 64-byte boundary.
-
-    A GEMM may take another path, with other rounding, for another alignment of its operands; the slice has to
-    look as it does when it begins its own tensor.
-    """
-    part = x[start:stop]
-    return part if part.is_cuda or part.data_ptr() % 64 == 0 else part.clone()
-
-
 def add_rows(y: Tensor, start: int, stop: int, a: Tensor, b: Tensor, scale: float) -> None:
     """y[start:stop] += scale * (a @ b), with the alignment care of `rows`."""
     part = y[start:stop]
@@ -116,17 +108,3 @@ def accumulate(into: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
         into.addmm_(a, b, alpha=scale)
     else:
         into.add_(torch.mm(a, b), alpha=scale)
-
-
-def mm_split(x: Tensor, w: Tensor, bounds: tuple[int, ...]) -> Tensor:
-    """x [T, K] @ w [K, N], one GEMM for each interval of rows of `bounds`."""
-    if len(bounds) == 2:
-        return torch.mm(x, w)
-    out = x.new_empty(x.shape[0], w.shape[1])
-    for start, stop in pairwise(bounds):
-        part = out[start:stop]
-        if part.is_cuda or part.data_ptr() % 64 == 0:
-            torch.mm(rows(x, start, stop), w, out=part)
-        else:
-            part.copy_(torch.mm(rows(x, start, stop), w))
-    return out

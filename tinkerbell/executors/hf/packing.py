@@ -3,8 +3,9 @@
 Shapes: N tokens of one micro-batch, T rows of a pack.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from tinkerbell.errors import InvalidRequest
 from tinkerbell.executors.hf.adapter import Adapter, Buffer
-from tinkerbell.executors.hf.attention import PackedCausal
+from tinkerbell.executors.hf.attention import PackedAttention, PackedCausal
+from tinkerbell.executors.hf.gemm import GRAIN, Heights, filled
 from tinkerbell.executors.hf.runtime import Pass, RowRange
 from tinkerbell.executors.port import ForwardBackward
 from tinkerbell.losses.registry import Loss, resolve
@@ -114,27 +116,38 @@ def check_token_ids(where: str, ids: bytes, info: ModelInfo) -> None:
 
 def packs(
     batches: Sequence[MicroBatch], max_tokens: int = PACK_TOKENS, gradient_bytes: int = GRADIENT_BYTES
-) -> Iterator[list[MicroBatch]]:
-    """Cut into packs of whole micro-batches, greedily in order, each with at most so many tokens and bytes of
-    gradients; a larger one is alone."""
-    pack: list[MicroBatch] = []
+) -> list[list[MicroBatch]]:
+    """Cut into the fewest packs of whole micro-batches in order, each with at most so many tokens and bytes of
+    gradients; a larger one is alone. Packs come out about even: products of a short rest run at a poor rate."""
+    fewest = _filled_one_by_one(batches, max_tokens, gradient_bytes)
+    if len(fewest) > 1:
+        even = -(-sum(batch.num_tokens for batch in batches) // len(fewest))
+        for limit in range(even, max_tokens, GRAIN):
+            found = _filled_one_by_one(batches, limit, gradient_bytes)
+            if len(found) == len(fewest):
+                return found
+    return fewest
+
+
+def _filled_one_by_one(batches: Sequence[MicroBatch], max_tokens: int, gradient_bytes: int) -> list[list[MicroBatch]]:
+    found: list[list[MicroBatch]] = []
     tokens = size = 0
     for batch in batches:
-        if pack and (tokens + batch.num_tokens > max_tokens or size + batch.gradient_bytes > gradient_bytes):
-            yield pack
-            pack, tokens, size = [], 0, 0
-        pack.append(batch)
-        tokens += batch.num_tokens
-        size += batch.gradient_bytes
-    if pack:
-        yield pack
+        tokens, size = tokens + batch.num_tokens, size + batch.gradient_bytes
+        if not found or tokens > max_tokens or size > gradient_bytes:
+            found.append([])
+            tokens, size = batch.num_tokens, batch.gradient_bytes
+        found[-1].append(batch)
+    return found
 
 
-def plan(pack: Sequence[MicroBatch], *, exact: bool, head: str) -> tuple[Pass, Pass]:
-    """The pass over the rows of `pack`, in order, through the decoder and through the layer named `head`.
+Products = Literal["shared", "split", "whole"]
+"""How the base products of a pass run. shared: over rows of several micro-batches, in heights that keep bits (see
+`gemm`); split: one for each micro-batch; whole: one for all, whatever it does to bits."""
 
-    Exact: split where the micro-batches are. Otherwise whole, but for a head with LoRA on some of the rows.
-    """
+
+def plan(pack: Sequence[MicroBatch], products: Products, heights: Heights) -> Pass:
+    """The pass over the rows of `pack`, in order."""
     bounds = [0]
     ranges: list[RowRange] = []
     lengths: list[int] = []
@@ -143,8 +156,26 @@ def plan(pack: Sequence[MicroBatch], *, exact: bool, head: str) -> tuple[Pass, P
         ranges.append(RowRange(start, stop, batch.adapter, batch.gradient))
         bounds.append(stop)
         lengths += batch.lengths
-    split = Pass(bounds=tuple(bounds), ranges=tuple(ranges), attention=PackedCausal(lengths))
-    if exact:
-        return split, split
-    whole = replace(split, bounds=(0, bounds[-1]), micro_batches=split.bounds)
-    return whole, split if split.on(head) else whole
+    return arrange(bounds, ranges, PackedCausal(lengths), products, heights)
+
+
+def arrange(
+    bounds: Sequence[int], ranges: Sequence[RowRange], attention: PackedAttention, products: Products, heights: Heights
+) -> Pass:
+    """The pass over micro-batches with these bounds; where products are shared, rows of no one fill it up."""
+    apart = tuple(bounds)
+    if products == "split":
+        return Pass(apart, tuple(ranges), attention)
+    if products == "whole":
+        return Pass((0, apart[-1]), tuple(ranges), attention, apart)
+    num_rows = filled(apart[-1])
+    if num_rows > apart[-1]:
+        attention.fill(num_rows - apart[-1])
+        apart = (*apart, num_rows)
+    return Pass(heights.cuts(num_rows), tuple(ranges), attention, apart)
+
+
+def column(parts: Sequence[Tensor], num_rows: int) -> Tensor:
+    """[num_rows] int64: `parts` one after another, then zeros."""
+    joined = torch.cat(list(parts))
+    return torch.nn.functional.pad(joined, (0, num_rows - len(joined)))

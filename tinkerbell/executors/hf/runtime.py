@@ -14,6 +14,8 @@ How a pass is run:
 - Every row of `[0, T)` is one token. All linear layers, activations and rotary tables are computed separately
   for each interval of `bounds`, with the shape that interval has when it is alone: that makes the bits of a
   micro-batch independent of its company. Everything else in a decoder layer works on single rows.
+- Or micro-batches share the products of linear layers: then `bounds` says where these are split (see `gemm`), and
+  `micro_batches` where activations and rotary tables are.
 - `ranges` says which adapter's LoRA is added to which rows: ascending, disjoint, not across a bound. Rows in no
   range see the base model.
 - `attention` is called once per layer with rotated queries and keys of all T rows. A sampler passes its own
@@ -30,12 +32,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from tinkerbell.executors.hf.adapter import Adapter, Buffer, LinearShape
 from tinkerbell.executors.hf.attention import AttentionBackend, PackedCausal
+from tinkerbell.executors.hf.gemm import Heights
 from tinkerbell.executors.hf.lora import MultiLoraLinear
 
 
@@ -55,21 +59,23 @@ class Pass:
     """What the hooked layers need to know about the rows in flight; see the module."""
 
     bounds: tuple[int, ...]
-    """0 = first < ... < last = T."""
+    """0 = first < ... < last = T: where the products of linear layers are split."""
     ranges: tuple[RowRange, ...] = ()
     attention: AttentionBackend = field(default_factory=lambda: PackedCausal(()))
     micro_batches: tuple[int, ...] | None = None
-    """Bounds of the micro-batches where `bounds` are wider: what must not mix whatever is computed together."""
+    """Bounds of the micro-batches where they are not `bounds`, because products run over rows of several."""
+    recompute: bool = False
+    """Whether backward computes the inside of each decoder layer again instead of keeping it: the same bits."""
+
+    @property
+    def apart(self) -> tuple[int, ...]:
+        """Bounds of the micro-batches: what must not mix whatever is computed together."""
+        return self.micro_batches or self.bounds
 
     @property
     def sizes(self) -> list[int]:
         """Rows of each micro-batch."""
-        return [stop - start for start, stop in pairwise(self.bounds)]
-
-    @property
-    def micro_batch_sizes(self) -> list[int]:
-        """Rows of each micro-batch, also where several are computed together."""
-        return [stop - start for start, stop in pairwise(self.micro_batches or self.bounds)]
+        return [stop - start for start, stop in pairwise(self.apart)]
 
     def on(self, module: str) -> list[RowRange]:
         """The ranges whose adapter has a LoRA on `module`."""
@@ -83,6 +89,8 @@ class Runtime:
     """The unembedding."""
     shapes: dict[str, LinearShape]
     """Every layer a LoRA can sit on, by full module name, in the model's order."""
+    heights: Heights
+    """Of products over rows of several micro-batches."""
 
     def __init__(self, decoder: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         """`decoder` maps input_ids [1, T] to hidden states; its hooked layers see this runtime."""
@@ -102,15 +110,25 @@ class Runtime:
         assert self._current is not None, "a hooked layer ran outside a pass"
         return self._current
 
+    def weights(self) -> Iterator[Tensor]:
+        """Of the frozen model, the unembedding included."""
+        yield from self._decoder.parameters()
+        yield self.head.weight
+
+    def products(self) -> Literal["shared", "split"]:
+        """How base products can run without changing bits, with the present number of threads; see packing."""
+        return "shared" if self.heights.alike() else "split"
+
     @contextmanager
     def running(self, plan: Pass) -> Iterator[None]:
-        """Make `plan` the pass in flight."""
-        assert self._current is None, "a pass is already in flight"
+        """Make `plan` the pass in flight; again within itself is fine."""
+        before = self._current
+        assert before is None or before is plan, "a pass is already in flight"
         self._current = plan
         try:
             yield
         finally:
-            self._current = None
+            self._current = before
 
     def hidden(self, tokens: Tensor, positions: Tensor, plan: Pass) -> Tensor:
         """[T, D] hidden states before the unembedding of tokens [T] int64 at positions [T] int64 in their sequences.

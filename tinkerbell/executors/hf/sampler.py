@@ -21,7 +21,7 @@ from tinkerbell.executors.hf.decode import MAX_ROWS, Decoder, Row
 from tinkerbell.executors.hf.failures import NonFinite, failed
 from tinkerbell.executors.hf.head import target_logprobs
 from tinkerbell.executors.hf.kv_cache import Cache, PrefillAttention, Prefix
-from tinkerbell.executors.hf.packing import PACK_TOKENS, check_token_ids
+from tinkerbell.executors.hf.packing import PACK_TOKENS, arrange, check_token_ids, column
 from tinkerbell.executors.hf.runtime import Pass, RowRange, Runtime
 from tinkerbell.executors.hf.sampling import choose, normaliser
 from tinkerbell.executors.hf.stop import StopTexts, load_tokenizer
@@ -249,10 +249,13 @@ class Sampler:
             if job.adapter is not None:
                 ranges.append(RowRange(bounds[-2], bounds[-1], job.adapter))
         device = self._runtime.device
+        attention = PrefillAttention([prefix for _, prefix in long])
+        plan = arrange(bounds, ranges, attention, self._runtime.products(), self._runtime.heights)
+        num_rows = plan.bounds[-1]
         hidden = self._runtime.hidden(
-            torch.tensor([token for job, _ in long for token in job.prompt[:-1]], device=device),
-            torch.cat([torch.arange(prefix.length, device=device) for _, prefix in long]),
-            Pass(tuple(bounds), tuple(ranges), PrefillAttention([prefix for _, prefix in long])),
+            column([torch.tensor(job.prompt[:-1], device=device) for job, _ in long], num_rows),
+            column([torch.arange(prefix.length, device=device) for _, prefix in long], num_rows),
+            plan,
         )
         for (job, _), start, stop in zip(long, bounds, bounds[1:], strict=False):
             if job.unit.params.prompt_logprobs:
@@ -263,7 +266,9 @@ class Sampler:
         count = len(hidden)
         ranges = () if job.adapter is None else (RowRange(0, count, job.adapter),)
         targets = torch.tensor(job.prompt[1:], device=hidden.device)
-        logprobs = target_logprobs(self._runtime, hidden, targets, Pass((0, count), ranges))
+        shared = self._runtime.products() == "shared"
+        plan = Pass((0, count), ranges, micro_batches=(0, count) if shared else None)
+        logprobs = target_logprobs(self._runtime, hidden, targets, plan)
         if not bool(torch.isfinite(logprobs).all()):
             job.failure = failed(job.unit.request, NonFinite("the prompt's logprobs are not finite"))
             return

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -13,11 +13,15 @@ from tinkerbell.errors import NotFound, UserError
 from tinkerbell.executors.hf.adapter import Adapter, Buffer
 from tinkerbell.executors.hf.failures import NonFinite, failed, out_of_memory
 from tinkerbell.executors.hf.head import target_logprobs
-from tinkerbell.executors.hf.packing import PACK_TOKENS, MicroBatch, micro_batch, packs, plan
+from tinkerbell.executors.hf.memory import activation_bytes_per_token
+from tinkerbell.executors.hf.packing import PACK_TOKENS, MicroBatch, Products, column, micro_batch, packs, plan
 from tinkerbell.executors.hf.runtime import Runtime
 from tinkerbell.executors.port import ForwardBackward, ForwardBackwardDone, UnitFailed
 from tinkerbell.losses.registry import LossValue, evaluate
 from tinkerbell.types import AdapterId, ModelInfo
+
+LEAST_TOKENS = 128
+"""A pack of fewer costs more time for each token than keeping fewer activations does."""
 
 log = logging.getLogger(__name__)
 
@@ -56,15 +60,27 @@ class Trainer:
         pack_tokens: int = PACK_TOKENS,
         *,
         exact: bool = True,
+        activation_bytes: int | None = None,
     ) -> None:
         """`adapters` is the executor's own mapping, which adds and removes. `exact`: a micro-batch has the same bits
-        in any company; otherwise base products run over whole packs, which is faster for short ones."""
+        in any company; otherwise base products run over whole packs, which is faster for short ones.
+        `activation_bytes`: packs get smaller so that their activations stay below it, but not below LEAST_TOKENS; those
+        that do not fit then, keep only the input of each layer."""
         self._exact = exact
         self._runtime = runtime
         self._info = info
         self._adapters = adapters
+        self._max_kept_tokens: int | None = None
+        """Packs with more have their activations computed again in backward."""
+        if activation_bytes is not None:
+            self._max_kept_tokens = activation_bytes // activation_bytes_per_token(runtime)
+            pack_tokens = min(pack_tokens, max(LEAST_TOKENS, self._max_kept_tokens))
         self._pack_tokens = pack_tokens
         self._open: dict[AdapterId, _OpenRequest] = {}
+
+    def products(self) -> Products:
+        """How base products run, with the present number of threads."""
+        return self._runtime.products() if self._exact else "whole"
 
     def forget(self, adapter: AdapterId) -> None:
         """Drop what an unfinished request of the adapter left."""
@@ -108,10 +124,11 @@ class Trainer:
         for entry in entries[settled:]:
             self._settle(entry)
 
-    def _run_pack(self, pack: list[MicroBatch], backward: bool) -> list[Answer]:
-        """Run together; if that raises, each by itself, so that only the culprit fails."""
+    def _run_pack(self, pack: list[MicroBatch], backward: bool, recompute: bool = False) -> list[Answer]:
+        """Run together; if that raises, each by itself, so that only the culprit fails; where memory did not suffice
+        for one, once more with less."""
         try:
-            return self._compute(pack, backward)
+            return self._compute(pack, backward, recompute)
         except Exception as exc:
             log.exception("a pack failed: requests %s", [batch.unit.request for batch in pack])
             for batch in pack:
@@ -119,20 +136,28 @@ class Trainer:
             failure = exc
         if out_of_memory(failure) and self._runtime.device.type == "cuda":
             torch.cuda.empty_cache()
+        if len(pack) == 1 and backward and not recompute and out_of_memory(failure):
+            return self._run_pack(pack, backward, recompute=True)
         if len(pack) == 1:
             return [failed(pack[0].unit.request, failure)]
         return [answer for batch in pack for answer in self._run_pack([batch], backward)]
 
-    def _compute(self, pack: list[MicroBatch], backward: bool) -> list[Answer]:
+    def _compute(self, pack: list[MicroBatch], backward: bool, recompute: bool) -> list[Answer]:
         for batch in pack:
             batch.gradient = batch.adapter.new_buffer() if backward else None
+        rows = plan(pack, self.products(), self._runtime.heights)
+        num_rows = rows.bounds[-1]
+        if recompute or (self._max_kept_tokens is not None and num_rows > self._max_kept_tokens):
+            rows = replace(rows, recompute=True)
         sizes = [batch.num_tokens for batch in pack]
-        rows, head_rows = plan(pack, exact=self._exact, head=self._runtime.head.name)
         with torch.set_grad_enabled(backward):
             hidden = self._runtime.hidden(
-                torch.cat([batch.tokens for batch in pack]), torch.cat([batch.positions for batch in pack]), rows
+                column([batch.tokens for batch in pack], num_rows),
+                column([batch.positions for batch in pack], num_rows),
+                rows,
             )
-            logprobs = target_logprobs(self._runtime, hidden, torch.cat([batch.targets for batch in pack]), head_rows)
+            targets = column([batch.targets for batch in pack], num_rows)
+            logprobs = target_logprobs(self._runtime, hidden, targets, rows)[: sum(sizes)]
         parts = torch.split(logprobs.detach(), sizes)
         values = [_evaluate(batch, part) for batch, part in zip(pack, parts, strict=True)]
         if backward and any(isinstance(value, LossValue) for value in values):
@@ -182,6 +207,11 @@ def _plus(total: Buffer | None, part: Buffer) -> Buffer:
     return total
 
 
+def _finite(flat: Tensor) -> bool:
+    """Whether all elements are; a sum is finite only if they are, and finite ones rarely overflow it."""
+    return bool(torch.isfinite(flat.sum())) or bool(torch.isfinite(flat).all())
+
+
 def _evaluate(batch: MicroBatch, logprobs: Tensor) -> LossValue | UnitFailed:
     """The loss of one micro-batch; whatever goes wrong in it is that unit's failure."""
     try:
@@ -200,7 +230,7 @@ def _evaluate(batch: MicroBatch, logprobs: Tensor) -> LossValue | UnitFailed:
 def _answer(batch: MicroBatch, value: LossValue | UnitFailed, logprobs: Tensor) -> Answer:
     if isinstance(value, UnitFailed):
         return value
-    if batch.gradient is not None and not bool(torch.isfinite(batch.gradient.flat).all()):
+    if batch.gradient is not None and not _finite(batch.gradient.flat):
         return failed(batch.unit.request, NonFinite("the gradient of this request is not finite"))
     return ForwardBackwardDone(
         request=batch.unit.request,

@@ -1,0 +1,72 @@
+"""RMSNorm and rotary embedding of our own: transformers' bits forward, the true gradient backward."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.tiny_model import make
+from tinkerbell.executors.hf.fused import RMSNormFn, RotaryFn, fuse
+
+
+def test_gradients_are_those_of_autograd_in_fp64() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(12, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda t: RMSNormFn.apply(t, weight, 1e-3), (x,))
+    heads = torch.randn(1, 4, 3, 8, dtype=torch.float64).transpose(1, 2).requires_grad_()
+    # Halves of the tables need not be alike.
+    cos, sin = torch.randn(1, 4, 8, dtype=torch.float64), torch.randn(1, 4, 8, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda t: RotaryFn.apply(t, cos, sin), (heads,))
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Gemma", "Mistral"])
+def test_a_fused_model_has_the_bits_of_its_own_code(family: str) -> None:
+    import transformers
+
+    more: dict[str, Any] = {"head_dim": 16} if family in ("Gemma", "Qwen3") else {}
+    plain, fused = make(family, **more), make(family, **more)
+    name = f"{family.lower()}"
+    module = getattr(transformers.models, name)
+    before = getattr(module, f"modeling_{name}").apply_rotary_pos_emb
+    for norm in (m for model in (plain, fused) for m in model.modules() if type(m).__name__.endswith("RMSNorm")):
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    fused.load_state_dict(plain.state_dict())
+    fuse(fused.get_decoder())
+    norms, attentions = _patched(fused, "RMSNorm"), _patched(fused, "Attention")
+    assert norms == sum(type(m).__name__.endswith("RMSNorm") for m in plain.modules()) and attentions == 2
+    assert getattr(module, f"modeling_{name}").apply_rotary_pos_emb is before
+    tokens = torch.arange(1, 25).view(1, 24)
+    assert torch.equal(plain(input_ids=tokens).logits, fused(input_ids=tokens).logits)
+    gradients = [_embedding_gradient(model, tokens) for model in (plain, fused)]
+    assert float((gradients[0] - gradients[1]).norm() / gradients[0].norm()) < 1e-6
+
+
+def test_what_is_not_fp32_stays_as_it_is() -> None:
+    model = make("Llama").double()
+    fuse(model.get_decoder())
+    assert _patched(model, "") == 0
+
+
+def test_what_computes_otherwise_stays_as_it_is() -> None:
+    model = make("Llama")
+    norm = model.get_decoder().norm
+    own: Callable[[Tensor], Tensor] = norm.forward
+    norm.forward = lambda x: own(x) * 1.5
+    fuse(model.get_decoder())
+    x = torch.randn(3, 32)
+    assert torch.equal(norm(x), own(x) * 1.5)
+
+
+def _patched(model: Any, suffix: str) -> int:
+    return sum("forward" in vars(m) for m in model.modules() if type(m).__name__.endswith(suffix))
+
+
+def _embedding_gradient(model: Any, tokens: Tensor) -> Tensor:
+    embedding = model.get_input_embeddings().weight
+    logits = model(input_ids=tokens).logits
+    (gradient,) = torch.autograd.grad(torch.log_softmax(logits, -1)[..., 7].sum(), embedding)
+    assert isinstance(gradient, Tensor)
+    return gradient
