@@ -56,7 +56,7 @@ def install(model: Any) -> Runtime:
     weights = [m.weight.detach() for m in model.modules() if isinstance(m, MultiLoraLinear) and m is not hooked_head]
     kinds = {(weight.shape, weight.stride()): weight for weight in weights}
     runtime.heights = Heights(list(kinds.values()), hooked_head.weight.detach())
-    fuse(decoder)
+    fuse(decoder, runtime)
     make_recomputable(decoder, runtime)
     _self_check(runtime, type(model).__name__, probe, expected)
     return runtime
