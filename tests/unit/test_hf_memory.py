@@ -11,6 +11,7 @@ from tests.support.tiny_model import write_tiny_model
 from tinkerbell.executors.hf import head, recompute, trainer
 from tinkerbell.executors.hf import model as hf_model
 from tinkerbell.executors.hf.memory import activation_bytes_per_token
+from tinkerbell.executors.hf.packing import PACK_TOKENS
 from tinkerbell.executors.hf.trainer import LEAST_TOKENS, Trainer
 from tinkerbell.executors.port import ForwardBackwardDone, UnitFailed
 from tinkerbell.types import LoraConfig
@@ -49,7 +50,7 @@ def test_a_budget_changes_no_bit(model: hf_model.LoadedModel, monkeypatch: pytes
 
 def test_a_budget_cuts_packs_before_it_costs_time(model: hf_model.LoadedModel) -> None:
     per_token = activation_bytes_per_token(model.runtime)
-    for tokens, expected in ((300, 300), (50, LEAST_TOKENS), (10_000, 512)):
+    for tokens, expected in ((300, 300), (50, LEAST_TOKENS), (10_000, PACK_TOKENS)):
         assert bench(model, tokens * per_token).trainer._pack_tokens == expected
 
 

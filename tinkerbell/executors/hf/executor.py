@@ -43,7 +43,7 @@ class Extra(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     exactness: Literal["exact", "fast"] = "exact"
     """exact: what a request gives does not depend on what runs beside it, to the last bit; fast: by rounding it may."""
     activation_memory_mib: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    """For what a training pass keeps until its backward; default: what 512 tokens, or the longest micro-batch, need.
+    """For what a training pass keeps until its backward; default: what 416 tokens, or the longest micro-batch, need.
     Below that passes get smaller and then compute a layer twice; no bit changes."""
     adapter_memory_mib: Annotated[int, msgspec.Meta(ge=1)] | None = None
     """Of the device, for adapters; those unused for longest lie in the host's memory meanwhile. Default: a quarter of a
