@@ -416,6 +416,29 @@ def test_a_step_changes_the_state_and_counts(driver: Driver) -> None:
         assert driver.executor.snapshot(name).step == step
 
 
+def test_a_step_says_what_it_applied_and_what_it_came_to(driver: Driver) -> None:
+    """The gradient's digest is of the gradient alone, before clipping; the weights' is of the weights alone."""
+    data, other = random_data(1, (9,)), random_data(2, (9,))
+
+    def step(train: list[Datum], name: str, **adam: float) -> OptimStepDone:
+        _, done = driver.done(driver.forward_backward(name, train), driver.optim_step(name, AdamParams(**adam)))
+        assert isinstance(done, OptimStepDone)
+        assert done.gradient_digest is not None and done.weights_digest is not None
+        return done
+
+    plain = step(data, driver.trained())
+    clipped = step(data, driver.trained(), grad_clip_norm=plain.grad_norm / 4)
+    still = step(data, driver.trained(), learning_rate=0.0)
+    assert plain.gradient_digest == clipped.gradient_digest == still.gradient_digest
+    assert plain.gradient_digest != step(other, driver.trained()).gradient_digest
+    digests = {plain.weights_digest, clipped.weights_digest, still.weights_digest}
+    assert len(digests) == 3
+    name = driver.trained()
+    first, second = step(data, name, learning_rate=0.0), step(data, name, learning_rate=0.0)
+    assert first.weights_digest == second.weights_digest == still.weights_digest
+    assert first.state_digest != second.state_digest, "the moments and the step count moved"
+
+
 def test_clipping_is_by_the_whole_norm(driver: Driver) -> None:
     """A bound above the norm changes nothing, one below it the step; the norm is reported before clipping."""
     data = random_data(1, (9,))

@@ -232,9 +232,27 @@ def examples() -> dict[str, tuple[AnyEvent, Body | None]]:
         (kinds.LoadRequested(checkpoint="ck_one", with_optimizer=False), None),
         (kinds.AddLoraCompleted(num_parameters=1024, step=0, state_digest="ab" * 32, **ran), None),
         (kinds.RemoveLoraCompleted(**ran), None),
-        (kinds.ForwardCompleted(loss=1.75, metrics={"tokens": 5.0}, num_tokens=5, **ran), logprobs),
-        (kinds.ForwardBackwardCompleted(loss=1.75, metrics={"kl": 0.1}, num_tokens=5, **ran), logprobs),
-        (kinds.OptimStepCompleted(step=3, grad_norm=0.1, state_digest="cd" * 32, **ran), None),
+        (
+            kinds.ForwardCompleted(loss=1.75, metrics={"tokens": 5.0}, num_tokens=5, logprobs_digest="56" * 32, **ran),
+            logprobs,
+        ),
+        (
+            kinds.ForwardBackwardCompleted(
+                loss=1.75, metrics={"kl": 0.1}, num_tokens=5, logprobs_digest="56" * 32, **ran
+            ),
+            logprobs,
+        ),
+        (
+            kinds.OptimStepCompleted(
+                step=3,
+                grad_norm=0.1,
+                state_digest="cd" * 32,
+                gradient_digest="12" * 32,
+                weights_digest="34" * 32,
+                **ran,
+            ),
+            None,
+        ),
         (
             kinds.SampleCompleted(step=3, num_prompt_tokens=3, num_sampled_tokens=2, **ran),
             kinds.SamplesBody(sequences=[sequence], prompt_logprobs=floats(-1.0, -2.0)),
@@ -267,7 +285,13 @@ def examples() -> dict[str, tuple[AnyEvent, Body | None]]:
         ),
         (
             kinds.EnvironmentRecorded(
-                digest="ef" * 32, executor="fake", exact=True, model=MODEL, facts={"threads": "2", "dtype": "float32"}
+                digest="ef" * 32,
+                executor="fake",
+                exact=True,
+                model=MODEL,
+                facts={"threads": "2", "dtype": "float32"},
+                source="package:fake",
+                options={"vocab_size": "128"},
             ),
             None,
         ),

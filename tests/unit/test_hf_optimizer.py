@@ -195,7 +195,12 @@ def test_answers_of_a_cycle(threads: int) -> None:
     assert [answer.request for answer in answers] == [7, 6, 5, 4, 3]
     kinds = [answer.code if isinstance(answer, UnitFailed) else "done" for answer in answers]
     assert kinds == ["done", "not-found", "no-gradients", "done", "no-gradients"]
+    fresh = crowd()["small"]
+    give_random_gradient(fresh, 1)
+    assert fresh.gradient is not None
+    assert answers[3].gradient_digest == fresh.gradient.digest() != answers[0].gradient_digest
     for place, name in ((0, "decayed"), (3, "small")):
         answer = answers[place]
         assert isinstance(answer, OptimStepDone)
         assert (answer.step, answer.state_digest) == (1, adapters[name].digest())
+        assert answer.weights_digest == adapters[name].weights.digest()

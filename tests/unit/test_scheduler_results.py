@@ -1,5 +1,7 @@
 """From executor answers to result events."""
 
+import hashlib
+
 import pytest
 
 from tinkerbell.events import kinds
@@ -59,6 +61,12 @@ def test_chunks_add_up_in_datum_order(settlement):
     assert isinstance(event, kinds.ForwardBackwardCompleted)
     assert (event.loss, event.metrics, event.num_tokens, event.batch) == (3.75, {"m": 7.0}, 9, "1.2")
     assert body.logprobs == [b"aaaa", b"bbbb", b"cccc"]
+    assert event.logprobs_digest == results.logprobs_digest(body.logprobs)
+
+
+def test_the_digest_of_logprobs_knows_where_a_datum_ends():
+    assert results.logprobs_digest([b"aaaa", b"bbbb"]) != results.logprobs_digest([b"aaaabbbb"])
+    assert results.logprobs_digest([b"aaaa"]) == hashlib.sha256(b"\4" + bytes(7) + b"aaaa").hexdigest()
 
 
 def test_one_failed_chunk_fails_the_request_once(settlement):
@@ -78,9 +86,11 @@ def test_one_failed_chunk_fails_the_request_once(settlement):
 def test_a_step_moves_the_recovery_boundary(settlement):
     settle, residency, _ = settlement
     step = request(9, "optim_step", STEP)
-    done = OptimStepDone(request=9, step=4, grad_norm=0.5, state_digest="d4")
+    done = OptimStepDone(request=9, step=4, grad_norm=0.5, state_digest="d4", gradient_digest="g4", weights_digest="w4")
     (answer,) = settle.answers(batch_of((step, 0)), "1.1", [done])
-    assert answer.event == kinds.OptimStepCompleted(batch="1.1", step=4, grad_norm=0.5, state_digest="d4")
+    assert answer.event == kinds.OptimStepCompleted(
+        batch="1.1", step=4, grad_norm=0.5, state_digest="d4", gradient_digest="g4", weights_digest="w4"
+    )
     resident = residency["a"]
     assert (resident.step, resident.boundary_seq, resident.boundary_position) == (4, 9, 9)
     assert (resident.steps_ahead, resident.state_digest) == (1, "d4")

@@ -128,6 +128,8 @@ class ForwardCompleted(Result, frozen=True, kw_only=True, tag="forward.completed
     loss: float
     metrics: dict[str, float]
     num_tokens: int
+    logprobs_digest: str | None = None
+    """As in ForwardBackwardCompleted."""
 
 
 class ForwardBackwardCompleted(Result, frozen=True, kw_only=True, tag="forward_backward.completed"):
@@ -137,6 +139,9 @@ class ForwardBackwardCompleted(Result, frozen=True, kw_only=True, tag="forward_b
     """Sum over tokens."""
     metrics: dict[str, float]
     num_tokens: int
+    logprobs_digest: str | None = None
+    """sha256 (hex) over the datums' logprobs, each as its number of bytes (8, little-endian) and its float32 values;
+    None: recorded by an older release. The body's own hash is over its stored form, which depends on a compressor."""
 
 
 class OptimStepCompleted(Result, frozen=True, kw_only=True, tag="optim_step.completed"):
@@ -144,7 +149,13 @@ class OptimStepCompleted(Result, frozen=True, kw_only=True, tag="optim_step.comp
 
     step: int
     grad_norm: float
+    """L2, before clipping."""
     state_digest: str
+    """sha256 (hex) over weights, Adam moments and step count."""
+    gradient_digest: str | None = None
+    """sha256 (hex) over the accumulated gradient before clipping; None: recorded by an older release."""
+    weights_digest: str | None = None
+    """sha256 (hex) over the weights."""
 
 
 class SampleCompleted(Result, frozen=True, kw_only=True, tag="sample.completed"):
@@ -271,10 +282,15 @@ class EnvironmentRecorded(Event, frozen=True, kw_only=True, tag="environment.rec
     """An executor came up in this environment."""
 
     digest: str
+    """sha256 (hex) of the executor, the exactness, the model and the facts as canonical JSON."""
     executor: str
     exact: bool
     model: ModelInfo
     facts: dict[str, str]
+    source: str | None = None
+    """The model as the server was told it: a directory, a hub id, package:NAME."""
+    options: dict[str, str] = {}
+    """Settings of that kind of executor, as the server was told them."""
 
 
 class LeaseGranted(Event, frozen=True, kw_only=True, tag="lease.granted"):

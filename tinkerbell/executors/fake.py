@@ -187,10 +187,16 @@ class FakeExecutor:
 
     def _optim_step(self, unit: OptimStep) -> UnitResult:
         adapter = self._find(unit.adapter)
+        gradient_digest = adapter.gradient_digest()
         grad_norm = adapter.optim_step(unit.adam)
         self._distributions.pop(unit.adapter, None)
         return OptimStepDone(
-            request=unit.request, step=adapter.step, grad_norm=grad_norm, state_digest=adapter.digest()
+            request=unit.request,
+            step=adapter.step,
+            grad_norm=grad_norm,
+            state_digest=adapter.digest(),
+            gradient_digest=gradient_digest,
+            weights_digest=adapter.weights_digest(),
         )
 
     def _sample(self, unit: Sample) -> UnitResult:

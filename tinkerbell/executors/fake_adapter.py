@@ -109,6 +109,14 @@ class FakeAdapter:
         digest.update(struct.pack("<q", self.step))
         return digest.hexdigest()
 
+    def weights_digest(self) -> str:
+        """sha256 (hex) over the weights."""
+        return hashlib.sha256(self.weights).hexdigest()
+
+    def gradient_digest(self) -> str | None:
+        """sha256 (hex) over the accumulated gradient; None where there is none."""
+        return None if self.gradient is None else hashlib.sha256(self.gradient).hexdigest()
+
     def state(self) -> AdapterState:
         """A copy, in the files the port names; the tensors are the fake's own, of no use to PEFT."""
         k = self.num_features

@@ -103,6 +103,10 @@ class OptimStepDone(msgspec.Struct, frozen=True, kw_only=True, tag="optim_step")
     """L2 norm of the accumulated gradient before clipping."""
     state_digest: str
     """sha256 (hex) over weights, Adam moments and step count."""
+    gradient_digest: str | None = None
+    """sha256 (hex) over the accumulated gradient before clipping; None where the executor cannot tell."""
+    weights_digest: str | None = None
+    """sha256 (hex) over the weights after the step; None where the executor cannot tell."""
 
 
 class SampleDone(msgspec.Struct, frozen=True, kw_only=True, tag="sample"):

@@ -21,14 +21,17 @@ LONGEST_PAUSE_S = 10.0
 _encoder = msgspec.json.Encoder(order="deterministic")
 
 
-def environment_event(environment: Environment) -> EnvironmentRecorded:
-    """The fact that an executor came up; `digest` is the sha256 (hex) of the environment's canonical JSON."""
+def environment_event(environment: Environment, options: ExecutorOptions) -> EnvironmentRecorded:
+    """The fact that an executor came up with these options; `digest` is the sha256 (hex) of the environment's canonical
+    JSON. The options are no part of it: it says what they came to."""
     return EnvironmentRecorded(
         digest=hashlib.sha256(_encoder.encode(environment)).hexdigest(),
         executor=environment.executor,
         exact=environment.exact,
         model=environment.model,
         facts=environment.facts,
+        source=options.model,
+        options=options.extra,
     )
 
 
@@ -36,19 +39,19 @@ class ExecutorHost:
     """Owns the link. `environment` is that of the process running now."""
 
     def __init__(self, settings: Settings) -> None:
-        options = ExecutorOptions(
+        self._options = ExecutorOptions(
             model=settings.model,
             threads=settings.threads,
             extra=settings.executor_options,
         )
-        self.link = ExecutorLink(settings.executor, options)
+        self.link = ExecutorLink(settings.executor, self._options)
         self.environment: EnvironmentRecorded | None = None
         self._deaths = 0
         """Since a batch last succeeded."""
 
     async def start(self) -> EnvironmentRecorded:
         """Raises what the executor raised when it cannot start."""
-        self.environment = environment_event(await self.link.start())
+        self.environment = environment_event(await self.link.start(), self._options)
         return self.environment
 
     def worked(self) -> None:

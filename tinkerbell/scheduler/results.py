@@ -1,5 +1,6 @@
 """From an executor's answers to result events."""
 
+import hashlib
 import math
 from collections.abc import Iterable
 
@@ -30,6 +31,15 @@ def combine(parts: Iterable[ForwardBackwardDone]) -> tuple[float, dict[str, floa
     return loss, metrics, LogprobsBody(logprobs=logprobs)
 
 
+def logprobs_digest(logprobs: Iterable[bytes]) -> str:
+    """sha256 (hex) over the datums' logprobs, each behind its length: what ForwardBackwardCompleted records."""
+    digest = hashlib.sha256()
+    for values in logprobs:
+        digest.update(len(values).to_bytes(8, "little"))
+        digest.update(values)
+    return digest.hexdigest()
+
+
 def require_finite(answers: Iterable[UnitResult]) -> None:
     """Raises ServerError for an executor that says "done" with a number the log cannot hold (JSON has no NaN)."""
     for answer in answers:
@@ -50,10 +60,15 @@ def forward_done(request: PendingRequest, batch: str) -> tuple[AnyResult, Body]:
     assert isinstance(event, kinds.ForwardRequested | kinds.ForwardBackwardRequested)
     loss, metrics, body = combine(part for part in request.outcomes if isinstance(part, ForwardBackwardDone))
     cls = kinds.ForwardCompleted if request.kind == "forward" else kinds.ForwardBackwardCompleted
-    return (
-        cls(batch=batch, cost_us=request.cost_us, loss=loss, metrics=metrics, num_tokens=event.num_tokens),
-        body,
+    completed = cls(
+        batch=batch,
+        cost_us=request.cost_us,
+        loss=loss,
+        metrics=metrics,
+        num_tokens=event.num_tokens,
+        logprobs_digest=logprobs_digest(body.logprobs),
     )
+    return completed, body
 
 
 def optim_step_done(request: PendingRequest, done: OptimStepDone, batch: str) -> AnyResult:
@@ -63,6 +78,8 @@ def optim_step_done(request: PendingRequest, done: OptimStepDone, batch: str) ->
         step=done.step,
         grad_norm=done.grad_norm,
         state_digest=done.state_digest,
+        gradient_digest=done.gradient_digest,
+        weights_digest=done.weights_digest,
     )
 
 

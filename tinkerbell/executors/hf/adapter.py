@@ -65,12 +65,25 @@ class Buffer:
         self.flat = torch.zeros(layout.num_parameters, dtype=dtype, device=device)
         self.pairs = layout.views(self.flat)
 
+    def digest(self) -> str:
+        """sha256 (hex) over its bytes, little-endian, flat order."""
+        return hashlib.sha256(self.flat.cpu().numpy().data).hexdigest()
+
     def move(self, device: torch.device) -> None:
         """Take it to another device; from CUDA into pinned memory, from where it goes back without a detour."""
         pinned = self.flat.is_cuda and device.type == "cpu"
         moved = torch.empty(self.flat.shape, dtype=self.flat.dtype, device=device, pin_memory=pinned)
         self.flat = moved.copy_(self.flat)
         self.pairs = self._layout.views(self.flat)
+
+
+class Digests(NamedTuple):
+    """What an adapter is, in two hashes."""
+
+    weights: str
+    """sha256 (hex) over the weights, little-endian, flat order."""
+    state: str
+    """sha256 (hex) over weights, both moments and the step count."""
 
 
 class Adapter:
@@ -126,11 +139,16 @@ class Adapter:
 
     def digest(self) -> str:
         """sha256 (hex) over weights, both moments (little-endian, flat order) and the step count."""
-        digest = hashlib.sha256()
-        for buffer in (self.weights, self.exp_avg, self.exp_avg_sq):
+        return self.digests().state
+
+    def digests(self) -> "Digests":
+        """`digest`, and on the way there that of the weights alone, which costs nothing: they come first."""
+        digest = hashlib.sha256(self.weights.flat.cpu().numpy().data)
+        weights = digest.hexdigest()
+        for buffer in (self.exp_avg, self.exp_avg_sq):
             digest.update(buffer.flat.cpu().numpy().data)
         digest.update(struct.pack("<q", self.step))
-        return digest.hexdigest()
+        return Digests(weights, digest.hexdigest())
 
 
 def target_shapes(lora: LoraConfig, shapes: dict[str, LinearShape]) -> dict[str, LinearShape]:

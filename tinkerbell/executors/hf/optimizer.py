@@ -5,19 +5,23 @@ An adapter's bits do not depend on the others: nothing is ever summed over two a
 Shapes: P parameters of one adapter.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from tinkerbell.errors import NotFound, UserError
-from tinkerbell.executors.hf.adapter import Adapter
+from tinkerbell.executors.hf.adapter import Adapter, Buffer, Digests
 from tinkerbell.executors.hf.failures import NoGradients, NonFinite, failed
 from tinkerbell.executors.port import OptimStep, OptimStepDone, UnitFailed
 from tinkerbell.types import AdamParams, AdapterId
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _HARMLESS = 1e18
 """Below it a gradient's square and a weight's decay stay finite in fp32."""
@@ -45,21 +49,28 @@ class _Ready:
 def run(units: Sequence[OptimStep], adapters: Mapping[AdapterId, Adapter]) -> list[OptimStepDone | UnitFailed]:
     """Answers in the order of `units`. A unit that fails leaves the others untouched."""
     known = [index for index, unit in enumerate(units) if unit.adapter in adapters]
+    # A step takes the gradient from its adapter and leaves its bytes as they are.
+    gradients = {index: adapters[units[index].adapter].gradient for index in known}
     taken = steps([(adapters[units[index].adapter], units[index].adam) for index in known])
     outcomes = dict(zip(known, taken, strict=True))
     # After all steps: a second unit of one adapter finds no gradient, so it cannot have changed what is hashed.
     done = [index for index in known if isinstance(outcomes[index], float)]
-    hashes = dict(zip(done, digests([adapters[units[index].adapter] for index in done]), strict=True))
+    states = dict(zip(done, states_of([adapters[units[index].adapter] for index in done]), strict=True))
+    applied = [gradient for index in done if (gradient := gradients[index]) is not None]
+    hashes = dict(zip(done, _each(Buffer.digest, applied, lambda buffer: buffer.flat.numel()), strict=True))
     answers: list[OptimStepDone | UnitFailed] = []
     for index, unit in enumerate(units):
         outcome = outcomes.get(index, NotFound(f"this executor has no adapter {unit.adapter}"))
         if isinstance(outcome, UserError):
             answers.append(failed(unit.request, outcome))
         else:
-            step_count = adapters[unit.adapter].step
             answers.append(
-                OptimStepDone(request=unit.request, step=step_count, grad_norm=outcome, state_digest=hashes[index])
-            )
+                OptimStepDone(
+                    request=unit.request, step=adapters[unit.adapter].step, grad_norm=outcome,
+                    state_digest=states[index].state, weights_digest=states[index].weights,
+                    gradient_digest=hashes[index],
+                )
+            )  # fmt: skip
     return answers
 
 
@@ -104,14 +115,24 @@ def steps(cycle: Sequence[tuple[Adapter, AdamParams]]) -> list[float | UserError
 
 def digests(adapters: Sequence[Adapter]) -> list[str]:
     """`Adapter.digest` of each, as many at a time as torch has threads: hashing takes longer than the steps."""
-    workers = min(len(adapters), torch.get_num_threads())
+    return [found.state for found in states_of(adapters)]
+
+
+def states_of(adapters: Sequence[Adapter]) -> list[Digests]:
+    """`Adapter.digests` of each, likewise."""
+    return _each(Adapter.digests, adapters, lambda adapter: adapter.layout.num_parameters)
+
+
+def _each(work: Callable[[T], R], items: Sequence[T], size: Callable[[T], int]) -> list[R]:
+    """`work` of each item, as many at a time as torch has threads."""
+    workers = min(len(items), torch.get_num_threads())
     if workers < 2:
-        return [adapter.digest() for adapter in adapters]
+        return [work(item) for item in items]
     # Largest first, so that the last one to end is a small one.
-    order = sorted(range(len(adapters)), key=lambda index: -adapters[index].layout.num_parameters)
+    order = sorted(range(len(items)), key=lambda index: -size(items[index]))
     with ThreadPoolExecutor(workers, thread_name_prefix="digest") as pool:
-        found = dict(zip(order, pool.map(Adapter.digest, (adapters[index] for index in order)), strict=True))
-    return [found[index] for index in range(len(adapters))]
+        found = dict(zip(order, pool.map(work, (items[index] for index in order)), strict=True))
+    return [found[index] for index in range(len(items))]
 
 
 def gradient_norm(gradient: Tensor) -> float:
