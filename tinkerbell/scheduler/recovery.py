@@ -2,12 +2,12 @@
 step compared with what the log says it came to."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tinkerbell.errors import Corrupt, ExecutorDied, NotFound, ServerError, TinkerbellError, Unavailable
 from tinkerbell.events import kinds
-from tinkerbell.events.kinds import ForwardBackwardBody, Recorded
+from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.rows import CheckpointRow
 from tinkerbell.events.store import EventStore
 from tinkerbell.executors.link import ExecutorLink
@@ -15,15 +15,13 @@ from tinkerbell.executors.port import (
     AdapterReport,
     AdapterState,
     Batch,
-    ForwardBackward,
-    OptimStep,
     OptimStepDone,
     Unit,
     UnitFailed,
     UnitResult,
 )
-from tinkerbell.scheduler.batching import cut
 from tinkerbell.scheduler.residency import Resident
+from tinkerbell.scheduler.units import units_again
 from tinkerbell.types import AdapterId, CheckpointId, LoraConfig, TenantId
 
 _PAGE = 1000
@@ -186,7 +184,7 @@ class Recovery:
         units: list[Unit] = []
         tokens = 0
         for number, recorded in enumerate(tail.requests):
-            following = await asyncio.to_thread(self._units, resident.adapter, recorded)
+            following = await asyncio.to_thread(self._units, recorded)
             units.extend(following)
             tokens += getattr(recorded.event, "num_tokens", 0)
             stepped = isinstance(recorded.event, kinds.OptimStepRequested)
@@ -201,26 +199,8 @@ class Recovery:
                 resident.stepped(recorded.seq, recorded.position, done.step, done.state_digest)
             units, tokens = [], 0
 
-    def _units(self, adapter: AdapterId, recorded: Recorded) -> list[Unit]:
-        event = recorded.event
-        if isinstance(event, kinds.OptimStepRequested):
-            return [OptimStep(request=recorded.position, adapter=adapter, adam=event.adam)]
-        assert isinstance(event, kinds.ForwardBackwardRequested)
-        body = self._store.body(recorded)
-        if not isinstance(body, ForwardBackwardBody):
-            raise Corrupt(f"event {recorded.position} has no request body")
-        chunks = cut([datum.num_tokens for datum in body.data], event.chunk_tokens)
-        return [
-            ForwardBackward(
-                request=recorded.position,
-                adapter=adapter,
-                data=body.data[start:stop],
-                loss=event.loss,
-                first=index == 0,
-                last=index == len(chunks) - 1,
-            )
-            for index, (start, stop) in enumerate(chunks)
-        ]
+    def _units(self, recorded: Recorded) -> list[Unit]:
+        return units_again(recorded, self._store.body(recorded))
 
     def _find(self, adapter: AdapterId) -> Marks:
         """Reads the log backwards, no further than needed: a run may have any number of steps."""
@@ -249,17 +229,7 @@ class Recovery:
         return events
 
     def _state(self, lora: LoraConfig, step: int, digest: str, blobs: dict[str, str]) -> AdapterState:
-        for name in ("weights", "adapter_config"):
-            if name not in blobs:
-                raise Corrupt(f"a checkpoint has no blob {name}")
-        return AdapterState(
-            lora=lora,
-            step=step,
-            weights=self._store.blob(blobs["weights"]),
-            adapter_config=self._store.blob(blobs["adapter_config"]),
-            optimizer=self._store.blob(blobs["optimizer"]) if "optimizer" in blobs else None,
-            digest=digest,
-        )
+        return adapter_state(lora, step, digest, blobs, self._store.blob)
 
 
 def _compare(outcome: UnitResult, tail: Tail) -> None:
@@ -270,6 +240,23 @@ def _compare(outcome: UnitResult, tail: Tail) -> None:
         raise StateLost(f"request {outcome.request} {what} when it was executed again")
     if isinstance(outcome, OptimStepDone) and outcome.state_digest != tail.digests[outcome.request]:
         raise StateLost(f"step {outcome.step} came to another state when it was executed again")
+
+
+def adapter_state(
+    lora: LoraConfig, step: int, digest: str, blobs: dict[str, str], read: Callable[[str], bytes]
+) -> AdapterState:
+    """A saved state from its blobs (name -> hash); `read` gives the bytes of a hash. Raises Corrupt."""
+    for name in ("weights", "adapter_config"):
+        if name not in blobs:
+            raise Corrupt(f"a checkpoint has no blob {name}")
+    return AdapterState(
+        lora=lora,
+        step=step,
+        weights=read(blobs["weights"]),
+        adapter_config=read(blobs["adapter_config"]),
+        optimizer=read(blobs["optimizer"]) if "optimizer" in blobs else None,
+        digest=digest,
+    )
 
 
 def state_blobs(state: AdapterState) -> dict[str, bytes]:

@@ -4,10 +4,11 @@ import hashlib
 
 import msgspec
 
+from tinkerbell.errors import Corrupt
 from tinkerbell.events import kinds
-from tinkerbell.events.kinds import ForwardBackwardBody, PlannedUnit, SampleBody
+from tinkerbell.events.kinds import Body, ForwardBackwardBody, PlannedUnit, Recorded, SampleBody
 from tinkerbell.executors.port import ForwardBackward, OptimStep, Sample, Unit
-from tinkerbell.scheduler.batching import Plan, Work
+from tinkerbell.scheduler.batching import Plan, Work, cut
 from tinkerbell.scheduler.bodies import Bodies
 from tinkerbell.scheduler.pending import PendingRequest
 
@@ -26,12 +27,44 @@ def planned(work: Work) -> PlannedUnit:
 def sample_seed(request: PendingRequest) -> int:
     """Key of a sample's random numbers, 0 to 2^63 - 1: the caller's, or one drawn from the request's
     place."""
-    event = request.event
-    assert isinstance(event, kinds.SampleRequested)
+    assert isinstance(request.event, kinds.SampleRequested)
+    return seed_at(request.event, request.adapter or request.tenant, request.position)
+
+
+def seed_at(event: kinds.SampleRequested, owner: str, position: int) -> int:
+    """The same of a request as the log has it; `owner` is its adapter, or its tenant for the base model."""
     if event.params.seed is not None:
         return event.params.seed
-    place = f"{request.adapter or request.tenant}:{request.position}"
-    return int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "little") >> 1
+    return int.from_bytes(hashlib.sha256(f"{owner}:{position}".encode()).digest()[:8], "little") >> 1
+
+
+def units_again(recorded: Recorded, body: Body | None) -> list[Unit]:
+    """A request of an adapter as it was cut the first time, from the log alone. Raises Corrupt."""
+    event, adapter = recorded.event, recorded.adapter
+    assert adapter is not None
+    match event, body:
+        case kinds.OptimStepRequested(), _:
+            return [OptimStep(request=recorded.position, adapter=adapter, adam=event.adam)]
+        case kinds.ForwardRequested() | kinds.ForwardBackwardRequested(), ForwardBackwardBody():
+            chunks = cut([datum.num_tokens for datum in body.data], event.chunk_tokens)
+            return [
+                ForwardBackward(
+                    request=recorded.position,
+                    adapter=adapter,
+                    data=body.data[start:stop],
+                    loss=event.loss,
+                    backward=isinstance(event, kinds.ForwardBackwardRequested),
+                    first=index == 0,
+                    last=index == len(chunks) - 1,
+                )
+                for index, (start, stop) in enumerate(chunks)
+            ]
+        case kinds.SampleRequested(), SampleBody():
+            seed = seed_at(event, adapter, recorded.position)
+            return [
+                Sample(request=recorded.position, adapter=adapter, prompt=body.prompt, params=event.params, seed=seed)
+            ]
+    raise Corrupt(f"event {recorded.position} has no request body")
 
 
 async def _unit(work: Work, bodies: Bodies) -> Unit:
