@@ -19,6 +19,7 @@ COMMANDS = {
     "db": "tinkerbell.cli.db:db",
     "usage": "tinkerbell.cli.usage:usage",
     "audit": "tinkerbell.cli.audit:audit",
+    "replay": "tinkerbell.cli.replay.group:replay",
     "top": "tinkerbell.cli.top:top",
     "bench": "tinkerbell.cli.bench.group:bench",
 }

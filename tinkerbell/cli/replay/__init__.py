@@ -1,0 +1,1 @@
+"""`tinkerbell replay`: execute runs again from the log."""

@@ -1,0 +1,241 @@
+"""A run in one file: rows as they are stored, bodies, blobs and a manifest of hashes. It is a log to replay from.
+
+    manifest.json            what it is, and the sha256 of every other file
+    events.jsonl             a row of `events` a line, bytes in hex, without the body
+    bodies/<position>        stored bytes of an inline body
+    blobs/<sha256>           everything else
+
+Rows keep their positions and hashes: the adapter's stream is whole, so its chain verifies from its first event on; of
+batches, environments and other adapters' checkpoints only those that the run names are there. The file (zip) can be
+read as it is, or be unpacked into a directory, which can be read as well.
+"""
+
+import hashlib
+import re
+import zipfile
+from collections.abc import Collection, Iterator
+from contextlib import closing
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tinkerbell.errors import Conflict, Corrupt, InvalidRequest, NotFound
+from tinkerbell.events import kinds
+from tinkerbell.events.kinds import type_of
+from tinkerbell.replay.history import History, read_history
+from tinkerbell.replay.integrity import Tell
+from tinkerbell.replay.log import COLUMNS, Entry, Log, entry
+
+FORMAT = "tinkerbell-run"
+VERSION = 1
+MANIFEST, EVENTS = "manifest.json", "events.jsonl"
+BINARY = tuple(column.name for column in COLUMNS if column.name in ("request_hash", "body_hash", "prev_hash", "hash"))
+NAME = re.compile(r"events\.jsonl|bodies/[0-9]+|blobs/[0-9a-f]{64}")
+"""Of a file in an archive: nothing else is ever written anywhere."""
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What an archive is."""
+
+    format: str
+    version: int
+    run: str
+    tenant: str
+    name: str | None
+    made_by: str
+    """Release that wrote it."""
+    num_events: int
+    files: dict[str, str]
+    """Name -> sha256 (hex)."""
+
+
+def export(log: Log, run: str, file: Path, *, tell: Tell = lambda _what, _done, _total: None) -> Manifest:
+    """Write a run to `file`, which must not exist. Raises Conflict, NotFound, Corrupt where bytes have changed."""
+    if file.exists():
+        raise Conflict(f"{file} exists; an archive is never written over")
+    history = read_history(log, run)
+    entries = _entries(log, history)
+    part = file.with_name(f".{file.name}.part")
+    files: dict[str, str] = {}
+    try:
+        with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
+
+            def add(name: str, data: bytes) -> None:
+                if name not in files:
+                    files[name] = hashlib.sha256(data).hexdigest()
+                    # A fixed time: the same run gives the same file.
+                    archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data, zipfile.ZIP_DEFLATED)
+
+            for number, each in enumerate(entries):
+                tell("writing", number, len(entries))
+                for digest in each.recorded.blobs.values():
+                    add(f"blobs/{digest}", log.blob(digest))
+                if each.recorded.body_codec is not None and "body" not in each.blobs:
+                    add(f"bodies/{each.position}", log.stored_body(each))
+            add(EVENTS, b"".join(_line(each) + b"\n" for each in entries))
+            manifest = Manifest(
+                format=FORMAT,
+                version=VERSION,
+                run=history.run,
+                tenant=history.tenant,
+                name=history.name,
+                made_by=version("tinkerbell-server"),
+                num_events=len(entries),
+                files=dict(sorted(files.items())),
+            )
+            text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+            archive.writestr(zipfile.ZipInfo(MANIFEST, (1980, 1, 1, 0, 0, 0)), text, zipfile.ZIP_DEFLATED)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+    return manifest
+
+
+def unpack(file: Path, directory: Path) -> Manifest:
+    """Write an archive's files into an empty or new directory, each checked against the manifest first.
+
+    Raises Conflict where there is something already, InvalidRequest for what is no archive, Corrupt.
+    """
+    if directory.exists() and any(directory.iterdir()):
+        raise Conflict(f"{directory} is not empty")
+    with closing(ArchiveLog.open(file)) as log:
+        for name in log.manifest.files:
+            path = directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(log.read(name))
+        (directory / MANIFEST).write_bytes(msgspec.json.encode(log.manifest))
+        return log.manifest
+
+
+class ArchiveLog:
+    """An exported run as a log. Every file is checked against the manifest when it is read."""
+
+    def __init__(self, root: "zipfile.Path | Path", name: str, archive: zipfile.ZipFile | None) -> None:
+        self.name = name
+        self._root = root
+        self._archive = archive
+        self.manifest = self._manifest()
+        self._rows = [_row(line) for line in self.read(EVENTS).splitlines()]
+
+    @classmethod
+    def open(cls, path: Path) -> "ArchiveLog":
+        """A file that `export` wrote, or the directory `unpack` made of it. Raises InvalidRequest, Corrupt."""
+        if path.is_dir():
+            return cls(path, str(path), None)
+        try:
+            archive = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError) as exc:
+            raise InvalidRequest(f"{path} is not an exported run: {exc}") from exc
+        try:
+            return cls(zipfile.Path(archive), str(path), archive)
+        except BaseException:
+            archive.close()
+            raise
+
+    def read(self, name: str) -> bytes:
+        """A file of the archive. Raises Corrupt where it is missing or not what the manifest says."""
+        if name not in self.manifest.files:
+            raise Corrupt(f"{self.name} has no {name}")
+        try:
+            data = (self._root / name).read_bytes()
+        except (OSError, KeyError, zipfile.BadZipFile) as exc:
+            raise Corrupt(f"{self.name}: {name} cannot be read: {exc}") from exc
+        if hashlib.sha256(data).hexdigest() != self.manifest.files[name]:
+            raise Corrupt(f"{self.name}: {name} has other bytes than were exported")
+        return data
+
+    def entries(
+        self,
+        after: int = 0,
+        *,
+        until: int | None = None,
+        adapter: str | None = None,
+        types: Collection[str] | None = None,
+    ) -> Iterator[Entry]:
+        """See log.Log."""
+        for each in self._rows:
+            if each.position <= after or (until is not None and each.position > until):
+                continue
+            if adapter is not None and each.recorded.adapter != adapter:
+                continue
+            if types is None or each.columns["type"] in types:
+                yield each
+
+    def checkpoint(self, tenant: str, checkpoint: str) -> Entry | None:
+        """See log.Log."""
+        for each in self._rows:
+            event = each.recorded.event
+            made = isinstance(event, kinds.SaveCompleted | kinds.CheckpointWritten) and event.checkpoint == checkpoint
+            if made and each.recorded.tenant == tenant:
+                return each
+        return None
+
+    def stored_body(self, at: Entry) -> bytes:
+        """See log.Log."""
+        if "body" in at.blobs:
+            return self.blob(at.blobs["body"].hex())
+        return self.read(f"bodies/{at.position}")
+
+    def blob(self, digest: str) -> bytes:
+        """See log.Log."""
+        data = self.read(f"blobs/{digest}")
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise Corrupt(f"{self.name}: blob {digest} has other bytes than were written")
+        return data
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._archive is not None:
+            self._archive.close()
+
+    def _manifest(self) -> Manifest:
+        try:
+            manifest = msgspec.json.decode((self._root / MANIFEST).read_bytes(), type=Manifest)
+        except (OSError, KeyError, zipfile.BadZipFile, msgspec.DecodeError) as exc:
+            raise InvalidRequest(f"{self.name} is not an exported run: {exc}") from exc
+        if manifest.format != FORMAT or manifest.version != VERSION:
+            what = f"{manifest.format} version {manifest.version}"
+            raise InvalidRequest(f"{self.name} is {what}; this release reads {FORMAT} version {VERSION}")
+        for name in manifest.files:
+            if NAME.fullmatch(name) is None:
+                raise InvalidRequest(f"{self.name} has a file with an unexpected name: {name!r}")
+        return manifest
+
+
+def _entries(log: Log, history: History) -> list[Entry]:
+    """Every event that a replay of the run reads, by position."""
+    found = [*history.entries, *history.plans.values(), *history.environments.values()]
+    for call in history.calls:
+        checkpoint = getattr(call.asked, "checkpoint", None)
+        if isinstance(call.asked, kinds.AddLoraRequested | kinds.LoadRequested) and checkpoint is not None:
+            made = log.checkpoint(history.tenant, checkpoint)
+            if made is not None:
+                found.append(made)
+            elif isinstance(call.answer, kinds.AddLoraCompleted | kinds.LoadCompleted):
+                raise NotFound(f"the run needs checkpoint {checkpoint}, which is not in {log.name}")
+    return sorted({each.position: each for each in found}.values(), key=lambda each: each.position)
+
+
+def _line(each: Entry) -> bytes:
+    columns = {
+        name: value.hex() if name in BINARY and value is not None else value for name, value in each.columns.items()
+    }
+    blobs = {name: digest.hex() for name, digest in each.blobs.items()}
+    return msgspec.json.encode({"columns": columns, "blobs": blobs})
+
+
+def _row(line: bytes) -> Entry:
+    try:
+        value: dict[str, dict[str, Any]] = msgspec.json.decode(line, type=dict[str, dict[str, Any]])
+        columns: dict[str, Any] = {
+            name: bytes.fromhex(found) if name in BINARY and found is not None else found
+            for name, found in value["columns"].items()
+        }
+        row = entry(columns, {name: bytes.fromhex(digest) for name, digest in value["blobs"].items()})
+    except (msgspec.DecodeError, KeyError, TypeError, ValueError) as exc:
+        raise Corrupt(f"an event of the archive cannot be read: {exc}") from exc
+    if type_of(row.recorded.event) != columns["type"]:
+        raise Corrupt(f"event {row.position}: the type is {columns['type']}, the data says otherwise")
+    return row

@@ -1,0 +1,176 @@
+"""One run as the log tells it: every request of an adapter with its answer, its plan and the environment it ran in."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tinkerbell.errors import InvalidRequest, NotFound
+from tinkerbell.events import kinds
+from tinkerbell.events.kinds import EnvironmentRecorded, PlannedUnit
+from tinkerbell.replay.log import Entry, Log
+from tinkerbell.scheduler.recovery import BOUNDARIES, ORIGINS, Marks, last_marks
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request and what became of it."""
+
+    request: Entry
+    result: Entry | None
+    """None: not answered yet."""
+    units: tuple[PlannedUnit, ...]
+    """What batches planned of it, in the order of the log; a lost batch's, too."""
+    environment: str | None
+    """Digest of the environment.recorded in which it was answered; None where nothing ran."""
+
+    @property
+    def position(self) -> int:
+        return self.request.position
+
+    @property
+    def kind(self) -> str:
+        return kinds.kind_of(self.request.recorded.event)
+
+    @property
+    def asked(self) -> kinds.AnyEvent:
+        return self.request.recorded.event
+
+    @property
+    def answer(self) -> kinds.AnyEvent | None:
+        return None if self.result is None else self.result.recorded.event
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """A run. A run is an adapter: it has its id."""
+
+    run: str
+    tenant: str
+    name: str | None
+    calls: tuple[Call, ...]
+    """In the order of acceptance, which is that of their effects; samples among them."""
+    entries: tuple[Entry, ...]
+    """Every event of the adapter, by position."""
+    plans: dict[str, Entry]
+    """Batch id -> batch.planned, of the batches that ran some of it."""
+    environments: dict[str, Entry]
+    """Digest -> environment.recorded."""
+
+    @property
+    def made(self) -> kinds.AddLoraRequested:
+        """What was asked for in the first place."""
+        event = self.calls[0].asked
+        assert isinstance(event, kinds.AddLoraRequested)
+        return event
+
+    def environment(self, digest: str) -> EnvironmentRecorded:
+        """Raises NotFound."""
+        if digest not in self.environments:
+            raise NotFound(f"the log has no environment {digest[:12]}, which a batch of {self.run} names")
+        event = self.environments[digest].recorded.event
+        assert isinstance(event, EnvironmentRecorded)
+        return event
+
+    def checkpoints(self) -> Iterator[Entry]:
+        """The server's recovery points."""
+        return (each for each in self.entries if isinstance(each.recorded.event, kinds.CheckpointWritten))
+
+    def marks(self, until: int | None = None) -> Marks:
+        """The newest saved state that holds requests up to position `until` and none after it. Raises NotFound."""
+        marks = last_marks(
+            [
+                each.recorded
+                for each in self.entries
+                if isinstance(each.recorded.event, (*ORIGINS, *BOUNDARIES))
+                and each.recorded.causation is not None
+                and (until is None or each.recorded.causation <= until)
+            ]
+        )
+        if marks is None:
+            raise NotFound(f"the adapter {self.run} was never made: its add_lora has no result")
+        return marks
+
+    def place(self, at: str) -> Call:
+        """The request at `SEQ`, or `step:N`: the optim_step that came to step N (the last one that did).
+
+        Raises InvalidRequest for what is no place, NotFound for one that the run has not reached.
+        """
+        word, colon, number = at.rpartition(":")
+        if not number.isdigit() or (colon and word != "step"):
+            raise InvalidRequest(f"{at!r} is neither SEQ (as 12) nor step:N (as step:6)")
+        found: Call | None = None
+        for call in self.calls:
+            if colon:
+                if isinstance(call.answer, kinds.OptimStepCompleted) and call.answer.step == int(number):
+                    found = call
+            elif call.request.recorded.seq == int(number):
+                found = call
+        if found is None or found.result is None:
+            raise NotFound(f"the run {self.run} has not come to {at}; {self.extent()}")
+        return found
+
+    def extent(self) -> str:
+        """How far it goes, for a person."""
+        seqs = [call.request.recorded.seq for call in self.calls if call.result is not None]
+        last = max((seq for seq in seqs if seq is not None), default=None)
+        steps = max((c.answer.step for c in self.calls if isinstance(c.answer, kinds.OptimStepCompleted)), default=0)
+        return f"it is answered up to seq {last}, step {steps}"
+
+
+def find_run(log: Log, run: str) -> Entry:
+    """The add_lora.requested of an adapter by its id, or by its name if only one has it. Raises NotFound."""
+    named: list[Entry] = []
+    for each in log.entries(types=["add_lora.requested"]):
+        event = each.recorded.event
+        assert isinstance(event, kinds.AddLoraRequested)
+        if each.recorded.adapter == run:
+            return each
+        if event.name == run:
+            named.append(each)
+    if len(named) == 1:
+        return named[0]
+    if named:
+        ids = ", ".join(str(each.recorded.adapter) for each in named)
+        raise InvalidRequest(f"{len(named)} runs are called {run}: say which of {ids}")
+    raise NotFound(f"no run {run} in {log.name}; `tinkerbell replay runs` lists what there is")
+
+
+def read_history(log: Log, run: str) -> History:
+    """The run with this id or name. Raises NotFound, InvalidRequest, Corrupt."""
+    made = find_run(log, run)
+    adapter = made.recorded.adapter
+    assert adapter is not None
+    entries = tuple(log.entries(made.position - 1, adapter=adapter))
+    results = {each.recorded.causation: each for each in entries if isinstance(each.recorded.event, kinds.Result)}
+    requests = [each for each in entries if isinstance(each.recorded.event, kinds.Request)]
+    units: dict[int, list[PlannedUnit]] = {each.position: [] for each in requests}
+    plans = _plans(log, made.position, entries[-1].position, units)
+    calls: list[Call] = []
+    for each in requests:
+        result = results.get(each.position)
+        batch = getattr(result.recorded.event, "batch", None) if result is not None else None
+        plan = plans.get(batch) if batch is not None else None
+        environment = getattr(plan.recorded.event, "environment", None) if plan is not None else None
+        calls.append(Call(each, result, tuple(units[each.position]), environment))
+    wanted = {call.environment for call in calls}
+    environments = {
+        each.recorded.event.digest: each
+        for each in log.entries(types=["environment.recorded"])
+        if isinstance(each.recorded.event, EnvironmentRecorded) and each.recorded.event.digest in wanted
+    }
+    event = made.recorded.event
+    assert isinstance(event, kinds.AddLoraRequested)
+    return History(adapter, made.recorded.tenant, event.name, tuple(calls), entries, plans, environments)
+
+
+def _plans(log: Log, after: int, until: int, units: dict[int, list[PlannedUnit]]) -> dict[str, Entry]:
+    """The batch.planned events with some of these requests, whose units are added to `units`."""
+    plans: dict[str, Entry] = {}
+    for each in log.entries(after, until=until, types=["batch.planned"]):
+        event = each.recorded.event
+        assert isinstance(event, kinds.BatchPlanned)
+        mine = [unit for unit in event.units if unit.request in units]
+        for unit in mine:
+            units[unit.request].append(unit)
+        if mine:
+            plans[event.batch] = each
+    return plans

@@ -1,0 +1,136 @@
+"""What can be checked without executing anything: hashes, bodies, blobs, and plans against the requests' own cut."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+
+from tinkerbell.errors import Corrupt
+from tinkerbell.events import kinds
+from tinkerbell.events.chain import GENESIS, link
+from tinkerbell.events.kinds import ForwardBackwardBody, PlannedUnit
+from tinkerbell.replay.findings import Finding
+from tinkerbell.replay.history import Call, History
+from tinkerbell.replay.log import Entry, Log, body_of
+from tinkerbell.scheduler.batching import cut
+
+Tell = Callable[[str, float, float], None]
+"""(what is done, done, total)."""
+
+
+def check(log: Log, history: History, tell: Tell) -> list[Finding]:
+    """Everything that is not what the log itself says it is, by position. Reads every body and blob of the run."""
+    found = [*_chain(history), *_rows(history)]
+    total = len(history.entries)
+    for number, each in enumerate(history.entries):
+        tell("checking", number, total)
+        found += _contents(log, each)
+    broken = {finding.position for finding in found}
+    for call in history.calls:
+        if call.position not in broken:
+            found += _plan(log, call)
+    return sorted(found, key=lambda finding: finding.position)
+
+
+def _hash(columns: Entry, prev_hash: bytes) -> str:
+    try:
+        return link(prev_hash, columns.columns, columns.blobs).hex()
+    except (TypeError, OverflowError):
+        return "none: it has values that no event has"
+
+
+def _chain(history: History) -> Iterator[Finding]:
+    """The adapter's stream from its first event on: nothing changed, nothing left out."""
+    version, prev_hash = -1, GENESIS
+    for each in history.entries:
+        recorded, columns = each.recorded, each.columns
+        if recorded.stream != f"adapter/{history.run}":
+            yield Finding(what="chain", position=each.position, recorded=recorded.stream, found="another stream")
+            continue
+        if recorded.stream_version != version + 1:
+            text = f"version {recorded.stream_version}"
+            yield Finding(what="chain", position=each.position, recorded=text, found=f"after version {version}")
+        elif columns["prev_hash"] != prev_hash:
+            yield Finding(
+                what="chain", position=each.position, recorded=columns["prev_hash"].hex(), found=prev_hash.hex()
+            )
+        if recorded.hash != (found := _hash(each, columns["prev_hash"])):
+            yield Finding(what="chain", position=each.position, recorded=recorded.hash, found=found)
+        version, prev_hash = recorded.stream_version, columns["hash"]
+
+
+def _rows(history: History) -> Iterator[Finding]:
+    """Plans and environments, of whose stream only some events are the run's: each by itself."""
+    for each in (*history.plans.values(), *history.environments.values()):
+        if each.recorded.hash != (found := _hash(each, each.columns["prev_hash"])):
+            yield Finding(what="chain", position=each.position, recorded=each.recorded.hash, found=found)
+
+
+def _contents(log: Log, each: Entry) -> Iterator[Finding]:
+    """Bodies and blobs have the bytes that were written."""
+    recorded = each.recorded
+    if recorded.body_codec is not None:
+        try:
+            stored = log.stored_body(each)
+        except Corrupt as exc:
+            yield Finding(what="body", position=each.position, recorded=recorded.body_hash, found=exc.detail)
+        else:
+            if (found := hashlib.sha256(stored).hexdigest()) != recorded.body_hash:
+                yield Finding(what="body", position=each.position, recorded=recorded.body_hash, found=found)
+    for name, digest in recorded.blobs.items():
+        if name == "body":
+            continue
+        try:
+            log.blob(digest)
+        except Corrupt as exc:
+            yield Finding(what="body", position=each.position, recorded=f"{name} {digest}", found=exc.detail)
+
+
+def _plan(log: Log, call: Call) -> Iterator[Finding]:
+    """What was planned of a request is what its own rule cuts it into; it ran whole, once, in the end."""
+    if call.answer is None or isinstance(call.answer, kinds.Failed):
+        return
+    if getattr(call.answer, "batch", None) is None:
+        return
+    planned = [(unit.start, unit.stop) for unit in call.units]
+    expected = _cut(log, call)
+    if expected is None:
+        fits = _tiles(call.units, call)
+        text = "its samples"
+    else:
+        # A batch that was lost is planned again, from the first chunk on.
+        fits = set(planned) <= set(expected) and planned[-len(expected) :] == expected
+        text = str(expected)
+    if not fits or call.environment is None:
+        yield Finding(
+            what="plan",
+            position=call.position,
+            seq=call.request.recorded.seq,
+            kind=call.kind,
+            recorded=f"planned {planned or 'nothing'}",
+            found=f"it is cut into {text}",
+        )
+
+
+def _cut(log: Log, call: Call) -> list[tuple[int, int]] | None:
+    """Ranges of a request's units; None for samples, whose cut depends on the server's settings."""
+    match call.asked:
+        case kinds.ForwardRequested(chunk_tokens=tokens) | kinds.ForwardBackwardRequested(chunk_tokens=tokens):
+            body = body_of(log, call.request)
+            assert isinstance(body, ForwardBackwardBody)
+            return cut([datum.num_tokens for datum in body.data], tokens)
+        case kinds.SampleRequested():
+            return None
+        case _:
+            return [(0, 0)]
+
+
+def _tiles(units: Sequence[PlannedUnit], call: Call) -> bool:
+    """Whether the last units are all samples, one after another."""
+    assert isinstance(call.asked, kinds.SampleRequested)
+    end = call.asked.params.num_samples
+    for unit in reversed(units):
+        if unit.stop != end:
+            return False
+        end = unit.start
+        if end == 0:
+            return True
+    return False
