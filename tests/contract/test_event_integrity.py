@@ -1,7 +1,6 @@
 """Nothing in the log can change unnoticed, and the projections are what the log says. On SQLite and Postgres."""
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import Any
 
 import msgspec
@@ -9,6 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from tests.support.life import live
+from tests.support.owner import as_owner
 from tinkerbell.config import Settings
 from tinkerbell.errors import Corrupt
 from tinkerbell.events import check, kinds
@@ -16,25 +16,6 @@ from tinkerbell.events import tables as t
 from tinkerbell.events.chain import HASHED
 from tinkerbell.events.engine import make_engine
 from tinkerbell.events.store import EventStore
-
-
-@contextmanager
-def as_owner(settings: Settings) -> Iterator[sa.Connection]:
-    """A connection of somebody who may do anything: triggers and foreign keys are out of the way."""
-    text = {
-        "json_serializer": str,
-        "json_deserializer": lambda value: value if isinstance(value, str) else value.decode(),
-    }
-    engine = sa.create_engine(settings.url, poolclass=sa.NullPool, **text)
-    with engine.begin() as connection:
-        if connection.dialect.name == "postgresql":
-            connection.exec_driver_sql("SET session_replication_role = replica")
-        else:
-            names = connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'trigger'").scalars().all()
-            for name in names:
-                connection.exec_driver_sql(f"DROP TRIGGER {name}")
-        yield connection
-    engine.dispose()
 
 
 def changed(column: sa.Column[Any], value: Any) -> Any:

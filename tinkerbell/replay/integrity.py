@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from tinkerbell.errors import Corrupt
 from tinkerbell.events import kinds
 from tinkerbell.events.chain import GENESIS, link
+from tinkerbell.events.codec import decode_body
 from tinkerbell.events.kinds import ForwardBackwardBody, PlannedUnit
 from tinkerbell.replay.findings import Finding
 from tinkerbell.replay.history import Call, History
@@ -75,6 +76,8 @@ def _contents(log: Log, each: Entry) -> Iterator[Finding]:
         else:
             if (found := hashlib.sha256(stored).hexdigest()) != recorded.body_hash:
                 yield Finding(what="body", position=each.position, recorded=recorded.body_hash, found=found)
+            elif (problem := _unreadable(each, stored)) is not None:
+                yield Finding(what="body", position=each.position, recorded=recorded.body_hash, found=problem)
     for name, digest in recorded.blobs.items():
         if name == "body":
             continue
@@ -82,6 +85,17 @@ def _contents(log: Log, each: Entry) -> Iterator[Finding]:
             log.blob(digest)
         except Corrupt as exc:
             yield Finding(what="body", position=each.position, recorded=f"{name} {digest}", found=exc.detail)
+
+
+def _unreadable(each: Entry, stored: bytes) -> str | None:
+    """Why a body with the right hash cannot be read; None where it can."""
+    recorded = each.recorded
+    assert recorded.body_codec is not None
+    try:
+        decode_body(kinds.type_of(recorded.event), recorded.body_codec, stored)
+    except Corrupt as exc:
+        return exc.detail
+    return None
 
 
 def _plan(log: Log, call: Call) -> Iterator[Finding]:
@@ -96,8 +110,7 @@ def _plan(log: Log, call: Call) -> Iterator[Finding]:
         fits = _tiles(call.units, call)
         text = "its samples"
     else:
-        # A batch that was lost is planned again, from the first chunk on.
-        fits = set(planned) <= set(expected) and planned[-len(expected) :] == expected
+        fits = set(planned) <= set(expected) and ran_whole(planned, expected)
         text = str(expected)
     if not fits or call.environment is None:
         yield Finding(
@@ -123,14 +136,32 @@ def _cut(log: Log, call: Call) -> list[tuple[int, int]] | None:
             return [(0, 0)]
 
 
+def ran_whole(planned: Sequence[tuple[int, int]], expected: Sequence[tuple[int, int]]) -> bool:
+    """Whether the last of the planned units are the expected ones, in order.
+
+    What comes before was lost with an executor or a leader: then a request starts afresh. A unit may stand there twice
+    running: a batch that could not be made is planned again.
+    """
+    left = len(expected) - 1
+    for unit in reversed(planned):
+        if unit == expected[left]:
+            left -= 1
+            if left < 0:
+                return True
+        elif left + 1 >= len(expected) or unit != expected[left + 1]:
+            return False
+    return False
+
+
 def _tiles(units: Sequence[PlannedUnit], call: Call) -> bool:
     """Whether the last units are all samples, one after another."""
     assert isinstance(call.asked, kinds.SampleRequested)
-    end = call.asked.params.num_samples
+    start = end = call.asked.params.num_samples
     for unit in reversed(units):
-        if unit.stop != end:
+        if unit.stop == start:
+            start, end = unit.start, unit.stop
+            if start == 0:
+                return True
+        elif (unit.start, unit.stop) != (start, end):
             return False
-        end = unit.start
-        if end == 0:
-            return True
     return False

@@ -1,0 +1,287 @@
+"""What else a log is good for: the state at any place, a fork, the difference of two runs, a run in a file."""
+
+import hashlib
+import json
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.support import runs
+from tinkerbell import replay
+from tinkerbell.cli.main import run as command_line
+from tinkerbell.config import Settings
+from tinkerbell.errors import Conflict, Corrupt, InvalidRequest, NotFound
+from tinkerbell.events import kinds
+from tinkerbell.events.store import EventStore
+from tinkerbell.replay import ArchiveLog, DatabaseLog
+from tinkerbell.types import LoraConfig
+
+FORKED = "ad_forked"
+"""Of alice: trained like RUN up to step 3, then with another learning rate; no load in it."""
+CHILD = "ad_child"
+"""Made from a checkpoint that OTHER saved."""
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path) -> Settings:
+    directory = tmp_path_factory.mktemp("recorded")
+    shutil.copyfile(sqlite_template, directory / "tinkerbell.db")
+    settings = runs.run_settings(Settings(data_dir=str(directory), executor="fake"))
+    with closing(EventStore.open(settings)) as store:
+        runs.record(store, settings, load=False)
+        with runs.serving(store, settings):
+            forked = runs.Asker(store, FORKED, "alice")
+            forked.add_lora(seed=len(runs.RUN))
+            forked.step()
+            for step in range(runs.STEPS):
+                forked.train(runs.data(step))
+                forked.train(runs.data(100 + step, (4,)))
+                forked.step(0.05 if step < 3 else 0.5)
+            forked.wait()
+            made = kinds.AddLoraRequested(
+                base_model="fake", lora=LoraConfig(rank=2), seed=0, checkpoint=f"{runs.SAVED}_bob", with_optimizer=True
+            )
+            child = runs.Asker(store, CHILD, "bob")
+            child.ask(made)
+            child.train(runs.data(50))
+            child.step()
+            child.wait()
+    return settings
+
+
+@pytest.fixture
+def log(recorded: Settings) -> Iterator[DatabaseLog]:
+    opened = DatabaseLog.open(recorded)
+    yield opened
+    opened.close()
+
+
+def answers(log: replay.Log, run: str, type_: str) -> list[kinds.AnyEvent]:
+    return [each.recorded.event for each in log.entries(adapter=run, types=[type_])]
+
+
+# ---- state -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 7])
+def test_the_state_after_any_step(log: DatabaseLog, step: int) -> None:
+    stepped = answers(log, runs.RUN, "optim_step.completed")[step - 1]
+    assert isinstance(stepped, kinds.OptimStepCompleted)
+    found = replay.state_at(log, runs.RUN, f"step:{step}")
+    assert (found.step, found.state.digest) == (step, stepped.state_digest)
+    assert not found.findings and not found.differences
+    assert found.num_executed <= 9, "begun at the newest saved state, not at the beginning"
+    by_seq = replay.state_at(log, runs.RUN, str(found.seq + 1))
+    assert by_seq.state == found.state, "the forward_backward after it changes no weights"
+
+
+def test_a_saved_state_is_the_checkpoint_itself(log: DatabaseLog, tmp_path: Path) -> None:
+    (saved,) = [each.recorded for each in log.entries(adapter=runs.RUN, types=["save.completed"])]
+    found = replay.state_at(log, runs.RUN, "step:3")
+    files = replay.write_adapter(found.state, tmp_path / "adapter", with_optimizer=True)
+    assert {file.name for file in files} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "optimizer.safetensors",
+    }
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == log.blob(saved.blobs["weights"])
+    assert (tmp_path / "adapter" / "adapter_config.json").read_bytes() == log.blob(saved.blobs["adapter_config"])
+
+
+def test_of_an_adapter_made_from_anothers_checkpoint(log: DatabaseLog) -> None:
+    found = replay.state_at(log, CHILD, "0")
+    assert found.step == 3
+    assert replay.verify(log, CHILD).verdict == "equal"
+
+
+# ---- fork ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_fork_is_what_the_server_would_have_done(log: DatabaseLog) -> None:
+    """A run that was really trained with another learning rate from step 4 on comes to the same bits."""
+    made = replay.fork(log, runs.RUN, "step:3", {"learning_rate": "0.5"})
+    assert made.at_step == 3 and made.num_executed_before == 0, "a checkpoint holds the past"
+    assert [point.step for point in made.past] == [1, 2, 3]
+    assert [point.step for point in made.points] == [4, 5, 6, 7]
+    assert made.points[0].replayed == made.points[0].recorded, "before the first step with another rate"
+    assert all(point.replayed != point.recorded for point in made.points[1:])
+    truth = replay.verify(log, FORKED)
+    assert truth.verdict == "equal"
+    assert [point.replayed for point in made.points] == [point.recorded for point in truth.points[3:]]
+    stepped = answers(log, FORKED, "optim_step.completed")[-1]
+    assert isinstance(stepped, kinds.OptimStepCompleted)
+    assert made.state is not None and made.state.digest == stepped.state_digest
+
+
+def test_a_fork_with_the_same_settings_is_the_run(log: DatabaseLog) -> None:
+    made = replay.fork(log, runs.RUN, "step:5", {"learning_rate": "0.05"}, until="step:6")
+    assert [point.step for point in made.points] == [6]
+    assert made.points[0].recorded == made.points[0].replayed
+    # The past since the newest saved state is executed, once.
+    assert 0 < made.num_executed_before < 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "match"),
+    [
+        ({"nothing": "1"}, {}, "cannot be changed; what can: learning_rate"),
+        ({"learning_rate": "much"}, {}, "learning_rate=much"),
+        ({"learning_rate": "-1"}, {}, "learning_rate=-1"),
+        ({"learning_rate": "1"}, {"until": "step:2"}, "not after"),
+    ],
+)
+def test_what_cannot_be_forked(log: DatabaseLog, settings: dict[str, str], options: dict[str, str], match: str) -> None:
+    with pytest.raises(InvalidRequest, match=match):
+        replay.fork(log, runs.RUN, "step:3", settings, **options)
+
+
+# ---- diff ------------------------------------------------------------------------------------------------------------
+
+
+def test_two_runs_part_where_they_were_asked_differently(log: DatabaseLog) -> None:
+    found = replay.diff(log, FORKED, log, CHILD)
+    assert found.first_request is not None
+    assert (found.first_request.seq, found.first_request.kind) == (0, "add_lora")
+    found = replay.diff(log, runs.RUN, log, runs.OTHER)
+    assert found.first_request is not None and found.first_request.field == "seed"
+    assert found.first_state == 1
+    assert [setting.name for setting in found.settings] == ["seed"]
+    assert [point.step for point in found.points] == list(range(1, 8))
+    assert [point.a == point.b for point in found.points] == [True] + 6 * [False], "a fresh adapter is the base model"
+    same = replay.diff(log, runs.RUN, log, runs.RUN)
+    assert same.first_request is None and same.first_state is None and not same.settings
+
+
+def test_data_that_differs_is_named_to_the_token(recorded: Settings) -> None:
+    with closing(EventStore.open(recorded)) as store:
+        for run, last in (("ad_left", 7), ("ad_right", 8)):
+            asker = runs.Asker(store, run, "carol")
+            asker.ask(kinds.AddLoraRequested(base_model="fake", lora=LoraConfig(), seed=1))
+            first, second = runs.data(1, (3, 4))
+            changed = msgspec.structs.replace(second, tokens=second.tokens[:-4] + runs.ints(last))
+            asker.train([first, changed])
+    with closing(DatabaseLog.open(recorded)) as log:
+        found = replay.diff(log, "ad_left", log, "ad_right").first_request
+    assert found is not None
+    assert (found.seq, found.field, found.a, found.b) == (1, "data[1].tokens[3]", "7", "8")
+
+
+# ---- export and import -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", [runs.RUN, CHILD])
+def test_a_run_travels_in_a_file(recorded: Settings, tmp_path: Path, run: str) -> None:
+    """Verified without the server's database and blobs: from the file, and from a directory."""
+    file, again, directory = tmp_path / "run.zip", tmp_path / "again.zip", tmp_path / "run"
+    with closing(DatabaseLog.open(recorded)) as log:
+        here = replay.verify(log, run)
+        replay.export(log, run, file)
+        replay.export(log, run, again)
+    assert file.read_bytes() == again.read_bytes(), "the same run is the same file"
+    manifest = replay.unpack(file, directory)
+    assert manifest.run == run
+    for path in (file, directory):
+        with closing(ArchiveLog.open(path)) as archive:
+            there = replay.verify(archive, manifest.run)
+        assert msgspec.structs.replace(there, log=here.log, took_s=here.took_s) == here
+        assert here.verdict == "equal"
+    other = replay.ArchiveLog.open(file)
+    assert {each.recorded.adapter for each in other.entries()} <= {run, None, runs.OTHER if run == CHILD else None}
+    other.close()
+
+
+@pytest.fixture
+def archive(recorded: Settings, tmp_path: Path) -> Path:
+    file = tmp_path / "run.zip"
+    with closing(DatabaseLog.open(recorded)) as log:
+        replay.export(log, runs.RUN, file)
+    return file
+
+
+def test_a_changed_archive_is_noticed(archive: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    replay.unpack(archive, directory)
+    body = next(directory.glob("bodies/*"))
+    body.write_bytes(b"x" + body.read_bytes()[1:])
+    with closing(ArchiveLog.open(directory)) as log:
+        report = replay.verify(log, runs.RUN)
+    assert report.verdict == "diverged" and report.findings[0].what == "body"
+    # With the manifest changed, too, the event's own hash of its body still tells.
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest["files"][f"bodies/{body.name}"] = hashlib.sha256(body.read_bytes()).hexdigest()
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    with closing(ArchiveLog.open(directory)) as log:
+        report = replay.verify(log, runs.RUN)
+    assert report.findings[0].what == "body"
+    assert report.findings[0].position == int(body.name)
+    events = directory / "events.jsonl"
+    events.write_bytes(events.read_bytes().replace(b"0.05", b"0.06", 1))
+    with pytest.raises(Corrupt, match=r"events\.jsonl has other bytes"):
+        ArchiveLog.open(directory)
+
+
+def test_what_is_no_archive(archive: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.zip"
+    other.write_bytes(b"nothing")
+    with pytest.raises(InvalidRequest, match="not an exported run"):
+        ArchiveLog.open(other)
+    with zipfile.ZipFile(other, "w") as empty:
+        empty.writestr("readme", "nothing")
+    with pytest.raises(InvalidRequest, match="not an exported run"):
+        ArchiveLog.open(other)
+    with zipfile.ZipFile(archive) as good:
+        manifest = json.loads(good.read("manifest.json"))
+    for change, match in (
+        ({"version": 99}, "version 99"),
+        ({"files": {**manifest["files"], "../evil": "00" * 32}}, "unexpected name"),
+    ):
+        with zipfile.ZipFile(other, "w") as bad:
+            bad.writestr("manifest.json", json.dumps({**manifest, **change}))
+        with pytest.raises(InvalidRequest, match=match):
+            replay.unpack(other, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "evil").exists()
+    with closing(ArchiveLog.open(archive)) as log:
+        with pytest.raises(Conflict):
+            replay.export(log, runs.RUN, archive)
+        with pytest.raises(NotFound):
+            replay.verify(log, "ad_other")
+    with pytest.raises(Conflict):
+        replay.unpack(archive, tmp_path)
+
+
+# ---- the commands ----------------------------------------------------------------------------------------------------
+
+
+def test_the_commands(recorded: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--data-dir", recorded.data_dir]
+    file, out = str(tmp_path / "run.zip"), str(tmp_path / "out")
+
+    def said(*arguments: str, status: int = 0) -> str:
+        assert command_line(["replay", *arguments]) == status
+        return capsys.readouterr().out
+
+    assert {row["name"] for row in json.loads(said("runs", *where, "--json", "--tenant", "alice"))} == {"run", "forked"}
+    assert runs.OTHER in said("runs", *where)
+    assert f"run {runs.RUN}" in said("export", "run", "--out", file, *where)
+    assert json.loads(said("import", file, out, "--json"))["run"] == runs.RUN
+    plot = tmp_path / "losses.png"
+    report = json.loads(said("verify", out, "--json", "--plot", str(plot)))
+    assert (report["verdict"], report["findings"]) == ("equal", [])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "every bit as recorded up to step 7" in said("verify", file)
+    adapter = tmp_path / "adapter"
+    found = json.loads(said("state", "run", "--at", "step:2", "--out", str(adapter), *where, "--json"))
+    assert found["step"] == 2 and (adapter / "adapter_model.safetensors").exists()
+    page, forked = tmp_path / "fork.html", tmp_path / "fork"
+    text = said("fork", file, "--at", "step:2", "--set", "learning_rate=0.5", "--out", str(forked), "--plot", str(page))
+    assert "loss of the fork" in text and "<svg" in page.read_text()
+    assert json.loads((forked / "fork.json").read_text())["at_step"] == 2
+    assert "first difference: add_lora at seq 0, seed" in said("diff", "run", runs.OTHER, *where, status=1)
+    assert "The same was asked of both" in said("diff", "run", file, *where)
+    assert command_line(["replay", "fork", "run", "--at", "step:2", "--set", "speed=1", "--out", out, *where]) == 2
+    assert "speed" in capsys.readouterr().err
