@@ -1,4 +1,4 @@
-"""Replay of a real transformer: every bit again in another process, and a named fact where the process is not like it."""
+"""Replay of a real transformer: every bit again in another process, and what differs where that is not like it."""
 
 from contextlib import closing
 from pathlib import Path

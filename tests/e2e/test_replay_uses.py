@@ -40,7 +40,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path) ->
             forked.step()
             for step in range(runs.STEPS):
                 forked.train(runs.data(step))
-                forked.train(runs.data(100 + step, (4,)))
+                rewarded = [runs.rewarded(datum) for datum in runs.data(100 + step, (4, 6))]
+                forked.train(rewarded, loss="importance_sampling")
                 forked.step(0.05 if step < 3 else 0.5)
             forked.wait()
             made = kinds.AddLoraRequested(

@@ -159,6 +159,23 @@ def test_a_forged_body_comes_to_something_else(copied: Settings) -> None:
     assert verified(copied, runs.OTHER).verdict == "equal", "and nobody else's run is touched"
 
 
+@pytest.mark.postgres
+def test_the_same_on_postgres(postgres_url: str, settings: Settings) -> None:
+    on_postgres = msgspec.structs.replace(runs.run_settings(settings), database_url=postgres_url)
+    with closing(EventStore.open(on_postgres)) as store, runs.serving(store, on_postgres):
+        runs.train(store, runs.RUN, "alice", steps=2, load=False).wait()
+    assert verified(on_postgres).verdict == "equal"
+    at = row(on_postgres, "optim_step.completed", 1)
+    event = msgspec.json.decode(at["data"])
+    forge(on_postgres, at["position"], data=at["data"].replace(event["weights_digest"], "ab" * 32))
+    assert [(each.what, each.position) for each in verified(on_postgres).findings] == [("weights", at["position"])]
+    asked = row(on_postgres, "forward_backward.requested")
+    with as_owner(on_postgres) as connection:
+        changed = t.events.update().where(t.events.c.position == asked["position"])
+        connection.execute(changed.values(body=flipped(asked["body"], 20)))
+    assert [(each.what, each.position) for each in verified(on_postgres).findings] == [("body", asked["position"])]
+
+
 def test_a_changed_row_breaks_the_chain(copied: Settings) -> None:
     at = row(copied, "optim_step.requested")
     with as_owner(copied) as connection:

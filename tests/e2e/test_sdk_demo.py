@@ -4,7 +4,12 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
+
+from tinkerbell import replay
+from tinkerbell.config import Settings
+from tinkerbell.replay import DatabaseLog
 
 
 def test_demo_smoke(tmp_path: Path) -> None:
@@ -21,4 +26,9 @@ def test_demo_smoke(tmp_path: Path) -> None:
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "losses.html").read_text()
     assert "<svg" in page
+    with closing(DatabaseLog.open(Settings(data_dir=str(tmp_path / "tinkerbell-demo-data")))) as log:
+        for user in report["users"]:
+            replayed = replay.verify(log, user["user"], samples=True)
+            assert (replayed.verdict, replayed.findings) == ("equal", []), user["user"]
+            assert len(replayed.points) == 3
     assert not re.search(r"(src|href)=.?https?:|url\((?!#)|@import", page), "the page must not load anything"

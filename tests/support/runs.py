@@ -59,10 +59,10 @@ class Asker:
         lora = LoraConfig(rank=rank)
         return self.ask(kinds.AddLoraRequested(base_model="fake", lora=lora, seed=seed, name=self._adapter[3:]))
 
-    def train(self, data: list[Datum], *, backward: bool = True) -> int:
+    def train(self, data: list[Datum], *, backward: bool = True, loss: str = "cross_entropy") -> int:
         cls = kinds.ForwardBackwardRequested if backward else kinds.ForwardRequested
         tokens = sum(datum.num_tokens for datum in data)
-        event = cls(loss=LossSpec(), num_datums=len(data), num_tokens=tokens, chunk_tokens=16)
+        event = cls(loss=LossSpec(name=loss), num_datums=len(data), num_tokens=tokens, chunk_tokens=16)
         return self.ask(event, ForwardBackwardBody(data=data))
 
     def step(self, learning_rate: float = 0.05) -> int:
@@ -97,6 +97,13 @@ def data(seed: int, lengths: tuple[int, ...] = (5, 9, 3, 21)) -> list[Datum]:
     return [Datum(ints(*row[:-1]), ints(*row[1:]), {}) for row in rows]
 
 
+def rewarded(datum: Datum) -> Datum:
+    """With what importance_sampling reads."""
+    n = datum.num_tokens
+    inputs = {"logprobs": struct.pack(f"<{n}f", *[-5.0] * n), "advantages": struct.pack(f"<{n}f", *[0.5] * n)}
+    return Datum(datum.tokens, datum.targets, inputs)
+
+
 def train(store: EventStore, adapter: str, tenant: str, *, steps: int = STEPS, load: bool = True) -> Asker:
     """Ask for a run with every kind of request."""
     asker = Asker(store, adapter, tenant)
@@ -104,7 +111,7 @@ def train(store: EventStore, adapter: str, tenant: str, *, steps: int = STEPS, l
     asker.step()  # there is no gradient: the caller's mistake is part of the run
     for step in range(steps):
         asker.train(data(step))
-        asker.train(data(100 + step, (4,)))
+        asker.train([rewarded(datum) for datum in data(100 + step, (4, 6))], loss="importance_sampling")
         asker.step()
         if step == 2:
             asker.sample()

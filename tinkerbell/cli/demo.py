@@ -126,6 +126,7 @@ def tell(
         console.print(Text(f"  {mark}  ", style=style) + Text(f"{verdict.user:<8} {verdict.text}"))
     console.print(Text(f"\n{' and '.join(map(str, files))} are written. The log of it all is there to ask:"))
     console.print(Text(f"  tinkerbell audit verify --data-dir {settings.data_dir}"))
+    console.print(Text(f"  tinkerbell replay verify {tracks[0].user} --data-dir {settings.data_dir}"))
 
 
 def shorten(text: str, length: int) -> str:

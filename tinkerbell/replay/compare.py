@@ -82,7 +82,7 @@ class Comparison:
         assert call.result is not None
         if self.exact:
             yield from self._same("loss", call, event.loss, found.loss, step)
-            yield from self._same("metrics", call, str(event.metrics), str(found.metrics), step)
+            yield from self._same("metrics", call, _sorted(event.metrics), _sorted(found.metrics), step)
             recorded = event.logprobs_digest
             if recorded is None:
                 recorded = logprobs_digest(self._logprobs(call))
@@ -128,3 +128,8 @@ class Comparison:
         body = body_of(self.log, call.result)
         assert isinstance(body, LogprobsBody)
         return body.logprobs
+
+
+def _sorted(metrics: dict[str, float]) -> str:
+    """The log has them by name, an executor in any order."""
+    return ", ".join(f"{name} {metrics[name]!r}" for name in sorted(metrics))
