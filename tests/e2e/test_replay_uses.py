@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from tests.support import runs
+from tests.support.server import client_of, fake_server
 from tinkerbell import replay
 from tinkerbell.cli.main import run as command_line
 from tinkerbell.config import Settings
@@ -19,6 +20,7 @@ from tinkerbell.errors import Conflict, Corrupt, InvalidRequest, NotFound
 from tinkerbell.events import kinds
 from tinkerbell.events.store import EventStore
 from tinkerbell.replay import ArchiveLog, DatabaseLog
+from tinkerbell.sdk import Datum
 from tinkerbell.types import LoraConfig
 
 FORKED = "ad_forked"
@@ -286,3 +288,40 @@ def test_the_commands(recorded: Settings, tmp_path: Path, capsys: pytest.Capture
     assert "The same was asked of both" in said("diff", "run", file, *where)
     assert command_line(["replay", "fork", "run", "--at", "step:2", "--set", "speed=1", "--out", out, *where]) == 2
     assert "speed" in capsys.readouterr().err
+
+
+def test_a_fork_on_the_running_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A new adapter in the log, which comes to the same bits as the fork beside the log; it trains on."""
+    environment = {"TINKERBELL_CHUNK_TOKENS": "16", "TINKERBELL_CHECKPOINT_EVERY_STEPS": "2"}
+    rows = [
+        Datum(tokens=[step + i for i in range(1, 9)], targets=[step + i for i in range(2, 10)]) for step in range(12)
+    ]
+    with fake_server(tmp_path, environment=environment) as server, client_of(server) as client:
+        run = client.add_lora(rank=2, seed=5, name="run")
+        futures = []
+        for step in range(6):
+            run.forward_backward(rows[step : step + 4])
+            futures.append(run.optim_step(learning_rate=0.1))
+            if step == 1:
+                saved = run.save()
+        futures[-1].result()
+        where = ["--data-dir", str(tmp_path), "--json"]
+        arguments = ["replay", "fork", "run", "--at", "step:3", "--set", "learning_rate=0.3", *where]
+        assert command_line([*arguments, "--url", server.url, "--name", "fork"]) == 0
+        online = json.loads(capsys.readouterr().out)
+        assert command_line([*arguments, "--out", str(tmp_path / "out")]) == 0
+        offline = json.loads(capsys.readouterr().out)
+        for field in ("past", "points", "at_step", "seq", "changed"):
+            assert online[field] == offline[field], field
+        assert [point["step"] for point in online["points"]] == [4, 5, 6]
+        # Steps 1 and 2 are in the checkpoint; step 3 was executed once more.
+        assert online["checkpoint"] == saved.result().checkpoint_id and online["num_executed_before"] == 2
+        forked = client.adapter(online["adapter"])
+        assert forked.info().name == "fork" and forked.info().step == 6
+        assert forked.run().points[-1].state_digest == offline["state_digest"] != run.run().points[-1].state_digest
+        forked.forward_backward(rows[:2])
+        assert forked.optim_step().result().step == 7
+        assert command_line(["replay", "verify", "fork", "--data-dir", str(tmp_path)]) == 0
+        capsys.readouterr()
+        assert command_line([*arguments]) == 2
+        assert "either --out" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from tinkerbell.executors.port import AdapterState
 from tinkerbell.replay.curves import Point, curve
 from tinkerbell.replay.engine import Replayer
 from tinkerbell.replay.findings import Difference, Finding
-from tinkerbell.replay.history import read_history
+from tinkerbell.replay.history import Call, History, read_history
 from tinkerbell.replay.integrity import Tell
 from tinkerbell.replay.log import Log
 from tinkerbell.replay.session import Change, ExecutorChoice
@@ -74,6 +74,21 @@ def fork(
     return asyncio.run(_fork(log, run, at, settings, change, until, choice or ExecutorChoice(), tell))
 
 
+def forkable(history: History, at: str, until: str | None) -> tuple[Call, int | None]:
+    """(last request of the past, position of the last one of the fork or None for all). Raises InvalidRequest where
+    a `load` is on the way, which would end the fork."""
+    call = history.place(at)
+    end = None if until is None else history.place(until).position
+    if end is not None and end <= call.position:
+        raise InvalidRequest(f"the fork ends at {until}, which is not after {at}")
+    for each in history.calls:
+        if each.kind == "load" and each.position > call.position and (end is None or each.position <= end):
+            seq = each.request.recorded.seq
+            assert seq is not None
+            raise InvalidRequest(f"the load at seq {seq} would end the fork: stop before it with --until {seq - 1}")
+    return call, end
+
+
 async def _fork(
     log: Log,
     run: str,
@@ -85,14 +100,7 @@ async def _fork(
     tell: Tell,
 ) -> Fork:
     history = read_history(log, run)
-    call = history.place(at)
-    end = None if until is None else history.place(until).position
-    if end is not None and end <= call.position:
-        raise InvalidRequest(f"the fork ends at {until}, which is not after {at}")
-    for each in history.calls:
-        if each.kind == "load" and each.position > call.position and (end is None or each.position <= end):
-            seq = each.request.recorded.seq
-            raise InvalidRequest(f"the load at seq {seq} would end the fork: stop before it with --until {seq}")
+    call, end = forkable(history, at, until)
     state = None
     async with Replayer(log, history, choice, tell) as replayer:
         await replayer.begin(call.position, newest=True)

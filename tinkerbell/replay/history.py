@@ -74,8 +74,9 @@ class History:
         """The server's recovery points."""
         return (each for each in self.entries if isinstance(each.recorded.event, kinds.CheckpointWritten))
 
-    def marks(self, until: int | None = None) -> Marks:
-        """The newest saved state that holds requests up to position `until` and none after it. Raises NotFound."""
+    def marks(self, until: int | None = None, *, users_own: bool = False) -> Marks:
+        """The newest saved state that holds requests up to position `until` and none after it. `users_own`: of the
+        states that a caller of the server can name, which its recovery points are not. Raises NotFound."""
         marks = last_marks(
             [
                 each.recorded
@@ -83,6 +84,7 @@ class History:
                 if isinstance(each.recorded.event, (*ORIGINS, *BOUNDARIES))
                 and each.recorded.causation is not None
                 and (until is None or each.recorded.causation <= until)
+                and not (users_own and isinstance(each.recorded.event, kinds.CheckpointWritten))
             ]
         )
         if marks is None:

@@ -1,7 +1,7 @@
 """`tinkerbell replay fork`: what if the optimizer had been set otherwise from here on?"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -23,6 +23,7 @@ from tinkerbell.cli.replay.options import (
 )
 
 if TYPE_CHECKING:
+    from tinkerbell.cli.replay.online import ServerFork
     from tinkerbell.replay import Fork
 
 
@@ -38,9 +39,11 @@ if TYPE_CHECKING:
     help="Of AdamW, as learning_rate=1e-4; can be given several times.",
 )
 @click.option("--until", metavar="PLACE", help="The last request of the fork.  [default: the run's last]")
+@click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), help="Directory to write the fork to.")
 @click.option(
-    "-o", "--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Directory to write to."
+    "--url", help="Server of this log, to fork there instead; the key of the run's tenant is in TINKERBELL_API_KEY."
 )
+@click.option("--name", help="Of the new adapter, with --url.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Both curves; .png or .html.")
 @executor_options
 @log_options
@@ -50,7 +53,9 @@ def fork(
     at: str,
     settings: tuple[str, ...],
     until: str | None,
-    out: Path,
+    out: Path | None,
+    url: str | None,
+    name: str | None,
     plot: Path | None,
     executor: str | None,
     model: str | None,
@@ -61,59 +66,84 @@ def fork(
     database_url: str | None,
     as_json: bool,
 ) -> int:
-    """Share the past of RUN up to a PLACE, then execute its later requests with other settings of the optimizer.
+    """Share the past of RUN up to a PLACE, then carry out its later requests with other settings of the optimizer.
 
-    The past comes from its newest saved state and is executed at most once, checked against its digests. The log is not
-    changed: the fork is a directory with its last weights as a PEFT adapter, Adam's moments, and fork.json with both
-    curves. Sampled data stays the log's.
+    With --out in an executor of this command's own, and the log is not changed: the past comes from its newest saved
+    state and is executed at most once, checked against its digests; the fork is a directory with its last weights as a
+    PEFT adapter, Adam's moments, and fork.json with both curves.
+
+    With --url on the running server: a new adapter that begins with the newest checkpoint the run has saved (or its
+    seed), is sent what came since again and compared, and then the later requests, all of it in the log. It can be
+    trained on, sampled and saved.
+
+    Sampled data stays the log's.
 
     \b
     tinkerbell replay fork ad_5h3k --at step:10 --set learning_rate=1e-4 --out fork --plot fork.png
-    """  # fmt: skip
+    tinkerbell replay fork ad_5h3k --at step:10 --set learning_rate=1e-4 --url http://127.0.0.1:8080
+    """
     from tinkerbell import replay
     from tinkerbell.config import name_and_value
     from tinkerbell.replay import plot as plotting
 
-    with unknown_is_2(), log_of(run, config, data_dir, database_url) as (log, name):
+    if (out is None) == (url is None):
+        raise click.UsageError("say either --out DIRECTORY or --url SERVER")
+    made: Fork | ServerFork
+    with unknown_is_2(), log_of(run, config, data_dir, database_url) as (log, found):
         if plot is not None:
             plotting.require(plot)
-        with progress(f"fork {name}") as tell:
-            made = replay.fork(
-                log, name, at, dict(map(name_and_value, settings)), until=until,
-                choice=choice_of(executor, model, threads, pairs), tell=tell,
-            )  # fmt: skip
-        if made.state is not None:
+        changes = dict(map(name_and_value, settings))
+        with progress(f"fork {found}") as tell:
+            if url is not None:
+                from tinkerbell.cli.replay.online import fork_on_server
+                from tinkerbell.sdk import Client
+
+                with Client(url) as client:
+                    made = fork_on_server(client, log, found, at, changes, until=until, name=name, tell=tell)
+            else:
+                made = replay.fork(
+                    log, found, at, changes, until=until, choice=choice_of(executor, model, threads, pairs), tell=tell
+                )
+        if out is not None and isinstance(made, replay.Fork) and made.state is not None:
             replay.write_adapter(made.state, out, with_optimizer=True)
             (out / "fork.json").write_bytes(msgspec.json.format(msgspec.json.encode(facts(made)), indent=1) + b"\n")
         if plot is not None:
-            was = [*made.past, *made.points]
-            changed = ", ".join(f"{name} {value:g}" for name, value in made.changed.items())
-            last = [(point.step, point.recorded) for point in made.past[-1:]]
-            curves = [
-                plotting.curve("as recorded", [(point.step, point.recorded) for point in was]),
-                plotting.curve(changed, last + [(point.step, point.replayed) for point in made.points]),
-            ]
-            plotting.draw(plot, f"{made.run} from step {made.at_step} on", curves)
+            draw(plot, made)
     if as_json:
         print_json(facts(made))
     else:
-        show(wide_console(), made, out)
+        show(wide_console(), made, f"in {out}" if out is not None else f"adapter {facts(made)['adapter']}")
     return DIVERGED if made.findings else EQUAL
 
 
-def facts(made: "Fork") -> dict[str, object]:
+def draw(file: Path, made: "Fork | ServerFork") -> None:
+    """Both curves; they part where the fork is."""
+    from tinkerbell.replay import plot as plotting
+
+    was = [(point.step, point.recorded) for point in (*made.past, *made.points)]
+    changed = ", ".join(f"{name} {value:g}" for name, value in made.changed.items())
+    last = [(point.step, point.recorded) for point in made.past[-1:]]
+    curves = [
+        plotting.curve("as recorded", was),
+        plotting.curve(changed, last + [(point.step, point.replayed) for point in made.points]),
+    ]
+    plotting.draw(file, f"{made.run} from step {made.at_step} on", curves)
+
+
+def facts(made: "Fork | ServerFork") -> dict[str, Any]:
     """The fork without its weights."""
-    found: dict[str, object] = {field: getattr(made, field) for field in made.__struct_fields__ if field != "state"}
-    return {**found, "state_digest": None if made.state is None else made.state.digest}
+    found: dict[str, Any] = {field: getattr(made, field) for field in made.__struct_fields__ if field != "state"}
+    state = getattr(made, "state", None)
+    return found if state is None else {**found, "state_digest": state.digest}
 
 
-def show(console: Console, made: "Fork", out: Path) -> None:
+def show(console: Console, made: "Fork | ServerFork", where: str) -> None:
     """The fork for a person."""
-    tell_differences(console, made.differences)
+    tell_differences(console, getattr(made, "differences", ()))
     tell_findings(console, made.findings)
-    if made.state is None:
+    if made.findings:
         console.print(Text("The past is not as recorded: nothing was forked.", style="bold red"))
         return
     rows = [(point.step, point.recorded, point.replayed) for point in made.points]
     print_table(f"{made.run} from step {made.at_step} on", ("step", "loss as recorded", "loss of the fork"), rows)
-    console.print(Text(f"{made.num_executed_before} requests of the past were executed; the fork is in {out}"))
+    console.print(Text(f"{made.num_executed_before} requests of the past were executed again; the fork is {where}"))
