@@ -81,7 +81,7 @@ class Decoder:
         found = self.step(rows)
         return all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> list[Tensor]:
         """[V] logits in main memory for each of the rows, in order; their tokens are added to the caches."""
         logits: dict[int, Tensor] = {}

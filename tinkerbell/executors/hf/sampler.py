@@ -232,7 +232,7 @@ class Sampler:
                     job.prefix = None
         return admitted
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _prefill(self, jobs: Sequence[_Job]) -> None:
         """Fill the jobs' prefixes; all in one pass, each a micro-batch of its own."""
         for job in jobs:
