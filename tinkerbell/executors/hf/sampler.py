@@ -20,7 +20,7 @@ from tinkerbell.executors.hf.adapter import Adapter
 from tinkerbell.executors.hf.decode import MAX_ROWS, Decoder, Row
 from tinkerbell.executors.hf.failures import NonFinite, failed
 from tinkerbell.executors.hf.head import target_logprobs
-from tinkerbell.executors.hf.kv_cache import Cache, PrefillAttention, Prefix
+from tinkerbell.executors.hf.kv_cache import Cache, PrefillAttention, Prefix, Store
 from tinkerbell.executors.hf.packing import PACK_TOKENS, arrange, check_token_ids, column
 from tinkerbell.executors.hf.runtime import Pass, RowRange, Runtime
 from tinkerbell.executors.hf.sampling import choose, normaliser
@@ -71,10 +71,10 @@ class _Job:
 class _Stream:
     """One sample under way."""
 
-    def __init__(self, job: _Job, index: int, prefix: Prefix) -> None:
+    def __init__(self, job: _Job, index: int, cache: Cache) -> None:
         self.job = job
         self.index = index
-        self.cache = Cache(prefix)
+        self.cache = cache
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         stops = job.unit.params.stop
@@ -189,11 +189,13 @@ class Sampler:
             self._tokenizer = load_tokenizer(self._info.tokenizer)
         return self._tokenizer
 
+    @torch.inference_mode()
     def _run(self, jobs: list[_Job]) -> None:
         waiting = deque(jobs)
         streams: list[_Stream] = []
+        store = Store()
         while waiting or streams:
-            streams += self._admit(waiting, streams)
+            streams += self._admit(waiting, streams, store)
             rows = [stream.row() for stream in streams]
             for stream, logits in zip(streams, self._decoder.step(rows), strict=True):
                 job = stream.job
@@ -202,11 +204,14 @@ class Sampler:
                         continue
                 except NonFinite as exc:
                     job.failure = failed(job.unit.request, exc)
-            streams = [s for s in streams if s.job.failure is None and s.index not in s.job.sequences]
+            ended = [s for s in streams if s.job.failure is not None or s.index in s.job.sequences]
+            for stream in ended:
+                stream.cache.close()
+            streams = [s for s in streams if s not in ended]
             while waiting and waiting[0].failure is not None:
                 waiting.popleft()
 
-    def _admit(self, waiting: deque[_Job], streams: Sequence[_Stream]) -> list[_Stream]:
+    def _admit(self, waiting: deque[_Job], streams: Sequence[_Stream], store: Store) -> list[_Stream]:
         """Start as many samples as there is room for, in order; prompts that are new run through the model."""
         rows = len(streams)
         tokens = sum(stream.job.longest for stream in streams)
@@ -227,12 +232,11 @@ class Sampler:
         for job, index in starting:
             if job.failure is None:
                 assert job.prefix is not None
-                admitted.append(_Stream(job, index, job.prefix))
+                admitted.append(_Stream(job, index, store.open(job.prefix)))
                 if index == job.unit.indices[-1]:
                     job.prefix = None
         return admitted
 
-    @torch.inference_mode()
     def _prefill(self, jobs: Sequence[_Job]) -> None:
         """Fill the jobs' prefixes; all in one pass, each a micro-batch of its own."""
         for job in jobs:
