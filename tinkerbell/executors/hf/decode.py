@@ -120,6 +120,7 @@ class Decoder:
             bounds=(0, len(rows)) if self.fused else tuple(range(0, len(rows) + 1, TILE)),
             ranges=tuple(self._ranges(rows)),
             attention=attention,
+            few_rows=True,
         )
         tokens = torch.tensor([0 if row is None else row.token for row in rows], device=device)
         positions = torch.tensor([0 if row is None else row.cache.length for row in rows], device=device)

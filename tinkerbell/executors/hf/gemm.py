@@ -55,6 +55,18 @@ def mm_split(x: Tensor, w: Tensor, bounds: tuple[int, ...]) -> Tensor:
     return out
 
 
+def mm_few(x: Tensor, weight: Tensor, bounds: tuple[int, ...]) -> Tensor:
+    """x [T, K] @ weight [N, K]^T where T is so small that reading the weights takes the time: oneDNN reads them as they
+    lie, where `mm` copies them first. Without gradients."""
+    if x.dtype != torch.float32 or x.is_cuda or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return mm_split(x, weight.t(), bounds)
+    parts = [
+        torch.ops.mkldnn._linear_pointwise(rows(x, start, stop), weight, None, "none", [], "")
+        for start, stop in pairwise(bounds)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def softmax_in_place(z: Tensor) -> Tensor:
     """z [C, V] becomes its softmax, each row by itself: this kernel's vector loops begin anew with every row."""
     return torch.softmax(z, -1, out=z)

@@ -246,12 +246,12 @@ def _group(members: list[tuple[int, Cache]], device: torch.device) -> _Group:
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """queries [n, H, D], keys and values [n, K, C, D], mask [n, 1, C] -> [n, H, D]; in fp32 at least."""
+    """queries [n, H, D], keys and values [n, K, C, D], mask [n, 1, C] -> [n, H, D]; the softmax in fp32 at least."""
     n, num_heads, size = queries.shape
     kv_heads, capacity = keys.shape[1:3]
-    dtype = torch.promote_types(queries.dtype, torch.float32)
-    blocks = queries.to(dtype).view(n * kv_heads, num_heads // kv_heads, size)
-    scores = torch.bmm(blocks, keys.to(dtype).reshape(n * kv_heads, capacity, size).transpose(1, 2)).mul_(scale)
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    blocks = queries.reshape(n * kv_heads, num_heads // kv_heads, size)
+    scores = torch.bmm(blocks, keys.reshape(n * kv_heads, capacity, size).transpose(1, 2)).to(wide).mul_(scale)
     scores.view(n, num_heads, capacity).add_(mask)
-    attended = torch.bmm(torch.softmax(scores, -1), values.to(dtype).reshape(n * kv_heads, capacity, size))
-    return attended.view(n, num_heads, size).to(queries.dtype)
+    weights = torch.softmax(scores, -1).to(values.dtype)
+    return torch.bmm(weights, values.reshape(n * kv_heads, capacity, size)).view(n, num_heads, size)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tinkerbell.executors.hf.gemm import mm_split, rows
+from tinkerbell.executors.hf.gemm import mm_few, mm_split, rows
 
 if TYPE_CHECKING:
     from tinkerbell.executors.hf.runtime import RowRange, Runtime
@@ -35,7 +35,7 @@ class MultiLoraLinear(nn.Module):
         apply: Callable[..., Tensor] = MultiLoraFn.apply
         y = apply(
             x.reshape(-1, self.in_features), self._runtime.anchor, self.weight, self.bias,
-            self.name, plan.on(self.name), plan.bounds,
+            self.name, plan.on(self.name), plan.bounds, plan.few_rows,
         )  # fmt: skip
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -57,9 +57,10 @@ class MultiLoraFn(torch.autograd.Function):
         name: str,
         ranges: "list[RowRange]",
         bounds: tuple[int, ...],
+        few_rows: bool,
     ) -> Tensor:
         """x [T, I], weight [O, I] -> [T, O]. `anchor` makes autograd record this where x needs no gradient."""
-        y = mm_split(x, weight.t(), bounds)
+        y = mm_few(x, weight, bounds) if few_rows else mm_split(x, weight.t(), bounds)
         if bias is not None:
             y += bias
         down: list[Tensor] = []
@@ -90,7 +91,7 @@ class MultiLoraFn(torch.autograd.Function):
                 accumulate(into.A, gh.t(), rows(x, r.start, r.stop), r.adapter.scale)
             if gx is not None:
                 add_rows(gx, r.start, r.stop, gh, pair.A.to(g.dtype), r.adapter.scale)
-        return gx, None, None, None, None, None, None
+        return gx, None, None, None, None, None, None, None
 
 
 def add_rows(y: Tensor, start: int, stop: int, a: Tensor, b: Tensor, scale: float) -> None:
