@@ -1,7 +1,9 @@
 """A run is a function of its log: executed again it is the same to the bit, and what was changed is found and named."""
 
 import hashlib
+import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -120,6 +122,29 @@ def test_a_server_that_was_restarted_with_other_settings(settings: Settings) -> 
     report = verified(first)
     assert report.verdict == "equal" and report.points[-1].step == 3
     assert report.num_compared > 30 and not report.differences
+
+
+def test_a_run_with_dead_executors_and_a_new_leader_in_it(settings: Settings) -> None:
+    """Batches that were lost are planned again, and what was executed twice counts once."""
+    slow = msgspec.structs.replace(runs.run_settings(settings), executor_options={"latency_us": "15000"})
+    with closing(EventStore.open(slow)) as store:
+        asker = runs.train(store, runs.RUN, "alice", steps=4)
+        for kills in (2, 0):
+            with runs.serving(store, slow) as service:
+                for _ in range(kills):
+                    before = len(store.read(types=["optim_step.completed"]))
+                    runs.eventually(lambda n=before: len(store.read(types=["optim_step.completed"])) > n)
+                    pid = service.executor_pid
+                    assert pid is not None
+                    os.kill(pid, signal.SIGKILL)
+                    runs.eventually(lambda old=pid: service.executor_pid not in (old, None))
+                if kills == 0:
+                    asker.wait()
+        lost = store.read(types=["batch.lost"])
+    assert lost, "else this shows nothing"
+    report = verified(slow, choice=ExecutorChoice(options={}))
+    assert (report.verdict, report.findings) == ("equal", [])
+    assert [point.step for point in report.points] == [1, 2, 3, 4]
 
 
 # ---- what is not -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import random
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import msgspec
@@ -36,6 +36,14 @@ def serving(store: EventStore, settings: Settings) -> Iterator[SchedulerService]
     finally:
         service.stop()
     assert service.failed is None
+
+
+def eventually(condition: Callable[[], bool], within_s: float = 20.0) -> None:
+    """Wait until the condition holds; fail if it does not in time."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {within_s:g} s"
+        time.sleep(0.002)
 
 
 class Asker:

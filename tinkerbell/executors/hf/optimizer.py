@@ -5,10 +5,9 @@ An adapter's bits do not depend on the others: nothing is ever summed over two a
 Shapes: P parameters of one adapter.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,9 +18,6 @@ from tinkerbell.executors.hf.adapter import Adapter, Buffer, Digests
 from tinkerbell.executors.hf.failures import NoGradients, NonFinite, failed
 from tinkerbell.executors.port import OptimStep, OptimStepDone, UnitFailed
 from tinkerbell.types import AdamParams, AdapterId
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 _HARMLESS = 1e18
 """Below it a gradient's square and a weight's decay stay finite in fp32."""
@@ -55,9 +51,9 @@ def run(units: Sequence[OptimStep], adapters: Mapping[AdapterId, Adapter]) -> li
     outcomes = dict(zip(known, taken, strict=True))
     # After all steps: a second unit of one adapter finds no gradient, so it cannot have changed what is hashed.
     done = [index for index in known if isinstance(outcomes[index], float)]
-    states = dict(zip(done, states_of([adapters[units[index].adapter] for index in done]), strict=True))
     applied = [gradient for index in done if (gradient := gradients[index]) is not None]
-    hashes = dict(zip(done, _each(Buffer.digest, applied, lambda buffer: buffer.flat.numel()), strict=True))
+    found, hashes_found = hashed([adapters[units[index].adapter] for index in done], applied)
+    states, hashes = dict(zip(done, found, strict=True)), dict(zip(done, hashes_found, strict=True))
     answers: list[OptimStepDone | UnitFailed] = []
     for index, unit in enumerate(units):
         outcome = outcomes.get(index, NotFound(f"this executor has no adapter {unit.adapter}"))
@@ -114,25 +110,26 @@ def steps(cycle: Sequence[tuple[Adapter, AdamParams]]) -> list[float | UserError
 
 
 def digests(adapters: Sequence[Adapter]) -> list[str]:
-    """`Adapter.digest` of each, as many at a time as torch has threads: hashing takes longer than the steps."""
-    return [found.state for found in states_of(adapters)]
+    """`Adapter.digest` of each."""
+    return [found.state for found in hashed(adapters, ())[0]]
 
 
-def states_of(adapters: Sequence[Adapter]) -> list[Digests]:
-    """`Adapter.digests` of each, likewise."""
-    return _each(Adapter.digests, adapters, lambda adapter: adapter.layout.num_parameters)
-
-
-def _each(work: Callable[[T], R], items: Sequence[T], size: Callable[[T], int]) -> list[R]:
-    """`work` of each item, as many at a time as torch has threads."""
-    workers = min(len(items), torch.get_num_threads())
+def hashed(adapters: Sequence[Adapter], gradients: Sequence[Buffer]) -> tuple[list[Digests], list[str]]:
+    """`Adapter.digests` and `Buffer.digest` of each, as many at a time as torch has threads: hashing takes longer than
+    the steps."""
+    workers = min(len(adapters) + len(gradients), torch.get_num_threads())
     if workers < 2:
-        return [work(item) for item in items]
-    # Largest first, so that the last one to end is a small one.
-    order = sorted(range(len(items)), key=lambda index: -size(items[index]))
+        return [adapter.digests() for adapter in adapters], [gradient.digest() for gradient in gradients]
+    # Largest first, so that the last one to end is a small one; a gradient is a third of its adapter's state.
+    of_adapters = sorted(range(len(adapters)), key=lambda index: -adapters[index].layout.num_parameters)
+    of_gradients = sorted(range(len(gradients)), key=lambda index: -gradients[index].flat.numel())
     with ThreadPoolExecutor(workers, thread_name_prefix="digest") as pool:
-        found = dict(zip(order, pool.map(work, (items[index] for index in order)), strict=True))
-    return [found[index] for index in range(len(items))]
+        states = {index: pool.submit(adapters[index].digests) for index in of_adapters}
+        hashes = {index: pool.submit(gradients[index].digest) for index in of_gradients}
+    return (
+        [states[index].result() for index in range(len(adapters))],
+        [hashes[index].result() for index in range(len(gradients))],
+    )
 
 
 def gradient_norm(gradient: Tensor) -> float:
