@@ -7,7 +7,10 @@ import torch
 
 from tests.support.hf_training import ints, random_data
 from tests.support.tiny_model import write_tiny_model
+from tinkerbell import losses
 from tinkerbell.errors import InvalidRequest, MissingPackage, NotFound
+from tinkerbell.executors.hf import environment as environments
+from tinkerbell.executors.hf.environment import code_hash
 from tinkerbell.executors.hf.executor import HFExecutor
 from tinkerbell.executors.port import (
     Batch,
@@ -204,3 +207,14 @@ def test_a_missing_known_package_names_the_command(monkeypatch: pytest.MonkeyPat
 def test_an_empty_directory_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="not a causal language model"):
         HFExecutor(ExecutorOptions(model=str(tmp_path), threads=1))
+
+
+def test_the_code_that_computes_is_a_fact(executor: HFExecutor, tmp_path: Path) -> None:
+    """A release that computes otherwise must not be taken for the one that recorded a run."""
+    (tmp_path / "a.py").write_text("x = 1")
+    before = code_hash(tmp_path)
+    assert code_hash(tmp_path) == before
+    (tmp_path / "a.py").write_text("x = 2")
+    assert code_hash(tmp_path) != before
+    package = Path(environments.__file__).parent
+    assert executor.describe().facts["code"] == code_hash(package, Path(losses.__file__).parent)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from tinkerbell import losses
 from tinkerbell.executors.hf.gemm import BLOCK
 from tinkerbell.executors.hf.head import CHUNK_ROWS
 from tinkerbell.executors.hf.model import LoadedModel
@@ -42,9 +43,19 @@ def facts(model: LoadedModel) -> dict[str, str]:
         # Names the versions of MKL, oneDNN and the compiler.
         "torch_build": hashlib.sha256(torch.__config__.show().encode()).hexdigest()[:16],
         "transformers": transformers.__version__,
+        "code": code_hash(Path(__file__).parent, Path(losses.__file__).parent),
         "deterministic": str(torch.are_deterministic_algorithms_enabled()).lower(),
         "micro_batch": f"one unit; head rows={CHUNK_ROWS}, columns={BLOCK}",
     }
+
+
+def code_hash(*packages: Path) -> str:
+    """Of the modules in these directories: another release may come to other bits with everything else the same."""
+    digest = hashlib.sha256()
+    for package in packages:
+        for file in sorted(package.glob("*.py")):
+            digest.update(f"{package.name}/{file.name}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _keep_memory() -> None:
