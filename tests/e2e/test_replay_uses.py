@@ -325,3 +325,24 @@ def test_a_fork_on_the_running_server(tmp_path: Path, capsys: pytest.CaptureFixt
         capsys.readouterr()
         assert command_line([*arguments]) == 2
         assert "either --out" in capsys.readouterr().err
+
+
+def test_a_server_that_cuts_otherwise_does_not_fork(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The past comes to other bits there, which is said before anything else is sent."""
+    rows = [Datum(tokens=[7 * n + i for i in range(1, 9)], targets=[5 * n + i for i in range(2, 10)]) for n in range(8)]
+    with (
+        fake_server(tmp_path, environment={"TINKERBELL_CHUNK_TOKENS": "64", "TINKERBELL_LEASE_TTL_S": "1"}) as server,
+        client_of(server) as client,
+    ):
+        run = client.add_lora(rank=2, seed=5, name="run")
+        for _ in range(3):
+            run.forward_backward(rows)
+            last = run.optim_step(learning_rate=0.1)
+        last.result()
+    with fake_server(tmp_path, environment={"TINKERBELL_CHUNK_TOKENS": "24", "TINKERBELL_LEASE_TTL_S": "1"}) as server:
+        arguments = ["--at", "step:2", "--set", "learning_rate=0.3", "--url", server.url, "--data-dir", str(tmp_path)]
+        assert command_line(["replay", "fork", "run", *arguments, "--json"]) == 1
+        said = json.loads(capsys.readouterr().out)
+        assert said["findings"] and said["points"] == []
+        with client_of(server) as client:
+            assert client.adapter(said["adapter"]).info().step == 2
