@@ -102,6 +102,18 @@ def test_of_an_adapter_made_from_anothers_checkpoint(log: DatabaseLog) -> None:
     assert replay.verify(log, CHILD).verdict == "equal"
 
 
+def test_a_name_that_two_runs_have_is_none(recorded: Settings) -> None:
+    with closing(EventStore.open(recorded)) as store:
+        for run in ("ad_x1", "ad_x2"):
+            asked = kinds.AddLoraRequested(base_model="fake", lora=LoraConfig(), seed=1, name="twice")
+            runs.Asker(store, run, "dave").ask(asked)
+    with closing(DatabaseLog.open(recorded)) as log:
+        with pytest.raises(InvalidRequest, match="2 runs are called twice: say which of ad_x1, ad_x2"):
+            replay.diff(log, "twice", log, runs.RUN)
+        with pytest.raises(NotFound, match="was never made"):
+            replay.verify(log, "ad_x1")
+
+
 # ---- fork ------------------------------------------------------------------------------------------------------------
 
 

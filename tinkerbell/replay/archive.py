@@ -151,6 +151,7 @@ class ArchiveLog:
         after: int = 0,
         *,
         until: int | None = None,
+        tenant: str | None = None,
         adapter: str | None = None,
         types: Collection[str] | None = None,
     ) -> Iterator[Entry]:
@@ -158,10 +159,16 @@ class ArchiveLog:
         for each in self._rows:
             if each.position <= after or (until is not None and each.position > until):
                 continue
+            if tenant is not None and each.recorded.tenant != tenant:
+                continue
             if adapter is not None and each.recorded.adapter != adapter:
                 continue
             if types is None or each.columns["type"] in types:
                 yield each
+
+    def named(self, name: str) -> list[str]:
+        """See log.Log."""
+        return [self.manifest.run] if self.manifest.name == name else []
 
     def checkpoint(self, tenant: str, checkpoint: str) -> Entry | None:
         """See log.Log."""

@@ -8,6 +8,7 @@ from tinkerbell.events import kinds
 from tinkerbell.events.kinds import EnvironmentRecorded, PlannedUnit
 from tinkerbell.replay.log import Entry, Log
 from tinkerbell.scheduler.recovery import BOUNDARIES, ORIGINS, Marks, last_marks
+from tinkerbell.types import SYSTEM_TENANT
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,20 +121,19 @@ class History:
 
 def find_run(log: Log, run: str) -> Entry:
     """The add_lora.requested of an adapter by its id, or by its name if only one has it. Raises NotFound."""
-    named: list[Entry] = []
-    for each in log.entries(types=["add_lora.requested"]):
-        event = each.recorded.event
-        assert isinstance(event, kinds.AddLoraRequested)
-        if each.recorded.adapter == run:
-            return each
-        if event.name == run:
-            named.append(each)
-    if len(named) == 1:
-        return named[0]
-    if named:
-        ids = ", ".join(str(each.recorded.adapter) for each in named)
-        raise InvalidRequest(f"{len(named)} runs are called {run}: say which of {ids}")
+    ids = [run]
+    if (made := _made(log, run)) is None:
+        ids = log.named(run)
+        made = _made(log, ids[0]) if len(ids) == 1 else None
+    if made is not None:
+        return made
+    if len(ids) > 1:
+        raise InvalidRequest(f"{len(ids)} runs are called {run}: say which of {', '.join(ids)}")
     raise NotFound(f"no run {run} in {log.name}; `tinkerbell replay runs` lists what there is")
+
+
+def _made(log: Log, adapter: str) -> Entry | None:
+    return next(log.entries(adapter=adapter, types=["add_lora.requested"]), None)
 
 
 def read_history(log: Log, run: str) -> History:
@@ -156,7 +156,7 @@ def read_history(log: Log, run: str) -> History:
     wanted = {call.environment for call in calls}
     environments = {
         each.recorded.event.digest: each
-        for each in log.entries(types=["environment.recorded"])
+        for each in log.entries(tenant=SYSTEM_TENANT, types=["environment.recorded"])
         if isinstance(each.recorded.event, EnvironmentRecorded) and each.recorded.event.digest in wanted
     }
     event = made.recorded.event
@@ -167,7 +167,7 @@ def read_history(log: Log, run: str) -> History:
 def _plans(log: Log, after: int, until: int, units: dict[int, list[PlannedUnit]]) -> dict[str, Entry]:
     """The batch.planned events with some of these requests, whose units are added to `units`."""
     plans: dict[str, Entry] = {}
-    for each in log.entries(after, until=until, types=["batch.planned"]):
+    for each in log.entries(after, until=until, tenant=SYSTEM_TENANT, types=["batch.planned"]):
         event = each.recorded.event
         assert isinstance(event, kinds.BatchPlanned)
         mine = [unit for unit in event.units if unit.request in units]

@@ -55,10 +55,15 @@ class Log(Protocol):
         after: int = 0,
         *,
         until: int | None = None,
+        tenant: str | None = None,
         adapter: str | None = None,
         types: Collection[str] | None = None,
     ) -> Iterator[Entry]:
         """Events with a position in (after, until], by position."""
+        ...
+
+    def named(self, name: str) -> list[str]:
+        """Ids of the adapters that were given this name."""
         ...
 
     def checkpoint(self, tenant: str, checkpoint: str) -> Entry | None:
@@ -119,12 +124,15 @@ class DatabaseLog:
         after: int = 0,
         *,
         until: int | None = None,
+        tenant: str | None = None,
         adapter: str | None = None,
         types: Collection[str] | None = None,
     ) -> Iterator[Entry]:
         """See Log."""
         end = self.head if until is None else min(until, self.head)
         query = sa.select(*COLUMNS).where(t.events.c.position <= end).order_by(t.events.c.position).limit(PAGE_ROWS)
+        if tenant is not None:
+            query = query.where(t.events.c.tenant == tenant)
         if adapter is not None:
             query = query.where(t.events.c.adapter == adapter)
         if types is not None:
@@ -142,6 +150,13 @@ class DatabaseLog:
                 sa.select(*COLUMNS).where(t.events.c.position.in_(part)).order_by(t.events.c.position)
             )
         ]
+
+    def named(self, name: str) -> list[str]:
+        """See Log."""
+        c = t.adapters.c
+        with self._engine.connect() as connection:
+            found = connection.execute(sa.select(c.id).where(c.name == name).order_by(c.created_us, c.id))
+            return [str(id_) for id_ in found.scalars()]
 
     def checkpoint(self, tenant: str, checkpoint: str) -> Entry | None:
         """See Log."""
