@@ -90,6 +90,24 @@ class LossSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     config: dict[str, float] = {}
 
 
+class OutputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a forward answers of each token's distribution, besides the logprob of its target."""
+
+    entropy: bool = False
+    """-sum p log p over the vocabulary, in nats."""
+    logsumexp: bool = False
+    """log sum exp of the logits: a token's logprob is its logit less this."""
+    top_k: Annotated[int, Meta(ge=0, le=64)] = 0
+    """The k likeliest tokens with their logprobs; of equal ones the lower id comes first."""
+    logits: bool = False
+    """All of them."""
+
+    def num_bytes(self, num_tokens: int, vocab_size: int) -> int:
+        """Bytes of the arrays of `DatumOutputs` for so many tokens."""
+        numbers = self.entropy + self.logsumexp + 2 * self.top_k + self.logits * vocab_size
+        return 4 * num_tokens * numbers
+
+
 class LossSignature(msgspec.Struct, frozen=True, kw_only=True):
     """What a built-in loss reads, so that a request can be checked without importing torch."""
 
@@ -128,6 +146,21 @@ class Datum(msgspec.Struct, frozen=True, array_like=True):
     def num_tokens(self) -> int:
         """N."""
         return len(self.tokens) // 4
+
+
+class DatumOutputs(msgspec.Struct, frozen=True, array_like=True):
+    """What an OutputSpec asked for, of one datum; None where it was not asked for. V: the model's vocabulary."""
+
+    entropy: bytes | None = None
+    """[N] float32 nats."""
+    logsumexp: bytes | None = None
+    """[N] float32."""
+    top_tokens: bytes | None = None
+    """[N, k] int32, likeliest first."""
+    top_logprobs: bytes | None = None
+    """[N, k] float32 nats."""
+    logits: bytes | None = None
+    """[N, V] float32."""
 
 
 class SampledSequence(msgspec.Struct, frozen=True, array_like=True):

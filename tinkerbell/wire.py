@@ -1,11 +1,13 @@
 """Request and response bodies of `/v1`: the HTTP contract that `api/` and `sdk/` share."""
 
+import sys
+from array import array
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from tinkerbell.types import AdamParams, Category, LoraConfig, LossSpec, Name, SamplingParams
+from tinkerbell.types import AdamParams, Category, LoraConfig, LossSpec, Name, OutputSpec, SamplingParams
 
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 Tokens = Annotated[list[TokenId], Meta(min_length=1)]
@@ -45,11 +47,18 @@ class AddLora(Body, frozen=True, kw_only=True):
 
 
 class ForwardBackward(Body, frozen=True, kw_only=True):
-    """POST /v1/adapters/{id}/fwdbwd and /v1/adapters/{id}/forward"""
+    """POST /v1/adapters/{id}/fwdbwd"""
 
     data: Annotated[list[DatumBody], Meta(min_length=1)]
     loss: LossSpec = msgspec.field(default_factory=LossSpec)
     seq: Seq = None
+
+
+class Forward(ForwardBackward, frozen=True, kw_only=True):
+    """POST /v1/adapters/{id}/forward"""
+
+    outputs: OutputSpec | None = None
+    """What else to answer of each token's distribution; their bytes have a limit."""
 
 
 class OptimStep(Body, frozen=True, kw_only=True):
@@ -120,6 +129,36 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     message: str
 
 
+class LogitsBody(msgspec.Struct, frozen=True, kw_only=True):
+    """Logits of one datum. As JSON numbers they would be several times as long."""
+
+    shape: tuple[int, int]
+    """[N, V]: tokens of the datum, and of the vocabulary."""
+    data: bytes
+    """Base64 of float32 numbers, little-endian, one token after another."""
+
+    def rows(self) -> "memoryview[float]":
+        """[N, V] float32: `rows()[n, v]`, `rows().tolist()` or `numpy.asarray(rows())`."""
+        numbers = array("f", self.data)
+        if sys.byteorder == "big":
+            numbers.byteswap()
+        return memoryview(numbers).cast("B").cast("f", self.shape)
+
+
+class OutputsBody(msgspec.Struct, frozen=True, kw_only=True):
+    """What `outputs` asked for, of one datum; null where it was not asked for."""
+
+    entropy: list[float] | None = None
+    """[N] nats."""
+    logsumexp: list[float] | None = None
+    """[N] of the logits."""
+    top_tokens: list[list[int]] | None = None
+    """[N, k] likeliest first."""
+    top_logprobs: list[list[float]] | None = None
+    """[N, k] nats."""
+    logits: LogitsBody | None = None
+
+
 class ForwardBackwardResult(msgspec.Struct, frozen=True, kw_only=True, tag="forward_backward"):
     """Answer of forward and fwdbwd."""
 
@@ -129,6 +168,8 @@ class ForwardBackwardResult(msgspec.Struct, frozen=True, kw_only=True, tag="forw
     logprobs: list[list[float]]
     """For each datum [N] nats."""
     num_tokens: int
+    outputs: list[OutputsBody] | None = None
+    """For each datum, where a forward asked for them."""
 
 
 class OptimStepResult(msgspec.Struct, frozen=True, kw_only=True, tag="optim_step"):

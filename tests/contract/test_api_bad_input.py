@@ -218,6 +218,46 @@ def test_too_many_tokens(settings: Settings, sqlite_store: EventStore) -> None:
         assert (refused["num_tokens"], refused["limit"]) == (6, 5)
 
 
+def test_too_many_bytes_of_outputs(settings: Settings, sqlite_store: EventStore) -> None:
+    record_environment(sqlite_store)
+    small = msgspec.structs.replace(settings, limits=Limits(max_output_bytes=5 * 4 * MODEL.vocab_size))
+    with ApiDriver(small, sqlite_store) as api:
+        path = f"/v1/adapters/{api.adapter()}/forward"
+        before = sqlite_store.head()
+        refused = problem(
+            api.post(path, json={"data": [datum(3), datum(3)], "outputs": {"logits": True}}), 413, "too-large"
+        )
+        assert (refused["num_bytes"], refused["limit"]) == (2400, 2000)
+        assert "would have 2400 bytes; those of a request may have 2000" in refused["detail"]
+        assert "top_k instead of all 100 logits" in refused["detail"]
+        many = {"data": [datum(9)] * 4, "outputs": {"top_k": 7}}
+        assert "logits" not in problem(api.post(path, json=many), 413, "too-large")["detail"]
+        assert sqlite_store.head() == before
+        api.submit(path, json={"data": [datum(5)], "outputs": {"logits": True}})
+
+
+@pytest.mark.parametrize(
+    ("outputs", "detail"),
+    [
+        ({"top_k": 65}, "outputs.top_k"),
+        ({"top_k": -1}, "outputs.top_k"),
+        ({"entropies": True}, "entropies"),
+        ({"logits": 1}, "outputs.logits"),
+        ([], "outputs"),
+    ],
+)
+def test_outputs_that_cannot_be(api: ApiDriver, outputs: object, detail: str) -> None:
+    path = f"/v1/adapters/{api.adapter()}/forward"
+    refused = problem(api.post(path, json={"data": [datum(3)], "outputs": outputs}), 400, "invalid-request")
+    assert detail in str(refused)
+
+
+def test_outputs_are_for_a_forward(api: ApiDriver) -> None:
+    body = {"data": [datum(3)], "outputs": {"entropy": True}}
+    refused = problem(api.post(f"/v1/adapters/{api.adapter()}/fwdbwd", json=body), 400, "invalid-request")
+    assert "outputs" in str(refused)
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -24,7 +24,7 @@ from tinkerbell.errors import NotFound, TinkerbellError, UserError
 from tinkerbell.executors import registry
 from tinkerbell.executors.port import ForwardBackwardDone, OptimStepDone, SampleDone, UnitFailed, UnitResult
 from tinkerbell.executors.protocol import ExecutorOptions
-from tinkerbell.types import BUILTIN_LOSSES, AdamParams, Datum, LoraConfig, LossSpec
+from tinkerbell.types import BUILTIN_LOSSES, AdamParams, Datum, DatumOutputs, LoraConfig, LossSpec, OutputSpec
 
 OTHERS = [
     LoraConfig(rank=3, alpha=5.0, targets=("mlp",)),
@@ -203,6 +203,59 @@ def test_answers_have_one_logprob_for_each_token(driver: Driver) -> None:
     assert [len(raw) // 4 for raw in done.logprobs] == list(lengths)
     assert done.loss == pytest.approx(-sum(sum(read_floats(raw)) for raw in done.logprobs), rel=1e-5)
     assert done.metrics["num_tokens"] == sum(lengths)
+
+
+def outputs_of(driver: Driver, name: str, data: list[Datum], spec: OutputSpec) -> tuple[UnitResult, list[DatumOutputs]]:
+    unit = msgspec.structs.replace(driver.forward_backward(name, data, backward=False), outputs=spec)
+    (answer,) = driver.done(unit)
+    assert isinstance(answer, ForwardBackwardDone) and answer.outputs is not None
+    return answer, answer.outputs
+
+
+def test_outputs_agree_with_one_another_and_with_the_logprobs(driver: Driver) -> None:
+    name, data = driver.trained(), random_data(5, (6, 1))
+    vocab_size = driver.info.vocab_size
+    spec = OutputSpec(entropy=True, logsumexp=True, top_k=4, logits=True)
+    answer, outputs = outputs_of(driver, name, data, spec)
+    assert isinstance(answer, ForwardBackwardDone)
+    assert sum(len(part) for each in outputs for part in msgspec.structs.astuple(each)) == spec.num_bytes(7, vocab_size)
+    for each, given, logprobs in zip(outputs, data, answer.logprobs, strict=True):
+        assert each.entropy and each.logsumexp and each.top_tokens and each.top_logprobs and each.logits
+        logits = read_floats(each.logits)
+        for t, target in enumerate(read_ints(given.targets)):
+            row, lse = logits[t * vocab_size : (t + 1) * vocab_size], read_floats(each.logsumexp)[t]
+            assert math.log(math.fsum(map(math.exp, row))) == pytest.approx(lse, abs=1e-5)
+            assert row[target] - lse == pytest.approx(read_floats(logprobs)[t], abs=1e-5)
+            entropy = math.fsum(math.exp(z - lse) * (lse - z) for z in row)
+            assert read_floats(each.entropy)[t] == pytest.approx(entropy, abs=1e-5)
+            likeliest = sorted(range(vocab_size), key=lambda v: (-row[v], v))[:4]
+            assert list(read_ints(each.top_tokens)[4 * t : 4 * t + 4]) == likeliest
+            for v, logprob in zip(likeliest, read_floats(each.top_logprobs)[4 * t : 4 * t + 4], strict=True):
+                assert logprob == pytest.approx(row[v] - lse, abs=1e-5)
+
+
+def test_only_what_was_asked_for_is_answered(driver: Driver) -> None:
+    name, data = driver.adapter(), random_data(5, (6,))
+    (answer,) = driver.done(driver.forward_backward(name, data, backward=False))
+    assert isinstance(answer, ForwardBackwardDone) and answer.outputs is None
+    asked, (outputs,) = outputs_of(driver, name, data, OutputSpec(entropy=True))
+    assert isinstance(asked, ForwardBackwardDone) and asked.logprobs == answer.logprobs
+    assert outputs == DatumOutputs(entropy=outputs.entropy) and len(outputs.entropy or b"") == 4 * 6
+
+
+def test_outputs_have_the_same_bits_in_any_company_and_in_chunks(driver: Driver) -> None:
+    spec = OutputSpec(entropy=True, logsumexp=True, top_k=3, logits=True)
+    names = [driver.trained(seed, OTHERS[seed]) for seed in range(3)]
+    data = [random_data(seed, (5 + seed, 17)) for seed in range(3)]
+    alone = [nameless(outputs_of(driver, name, each, spec)[0]) for name, each in zip(names, data, strict=True)]
+    for order in permutations(range(3)):
+        units = [driver.forward_backward(names[i], data[i], backward=False) for i in order]
+        answers = driver.done(*(msgspec.structs.replace(unit, outputs=spec) for unit in units))
+        assert [nameless(answer) for answer in answers] == [alone[i] for i in order]
+    chunks = driver.chunks(names[0], [data[0][0]], [data[0][1]])
+    parts = driver.done(*(msgspec.structs.replace(unit, backward=False, outputs=spec) for unit in chunks))
+    wholes = [outputs_of(driver, names[0], [datum], spec)[1] for datum in data[0]]
+    assert [part.outputs for part in parts if isinstance(part, ForwardBackwardDone)] == wholes
 
 
 def test_training_lowers_the_loss(driver: Driver) -> None:

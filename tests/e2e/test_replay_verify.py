@@ -184,6 +184,20 @@ def test_a_forged_body_comes_to_something_else(copied: Settings) -> None:
     assert verified(copied, runs.OTHER).verdict == "equal", "and nobody else's run is touched"
 
 
+def test_forged_outputs_are_named(copied: Settings) -> None:
+    at = row(copied, "forward.completed", 0)
+    body = codec.decode_body(at["type"], at["body_codec"], at["body"])
+    assert isinstance(body, kinds.OutputsBody) and body.outputs
+    first = body.outputs[0]
+    assert first.entropy is not None
+    outputs = [msgspec.structs.replace(first, entropy=flipped(first.entropy, 0)), *body.outputs[1:]]
+    stored, codec_name, length = codec.encode_body(kinds.OutputsBody(body.logprobs, outputs))
+    digest = hashlib.sha256(stored).digest()
+    forge(copied, at["position"], body=stored, body_codec=codec_name, body_hash=digest, body_len=length)
+    (found,) = verified(copied).findings
+    assert (found.what, found.position) == ("outputs", at["position"])
+
+
 @pytest.mark.postgres
 def test_the_same_on_postgres(postgres_url: str, settings: Settings) -> None:
     on_postgres = msgspec.structs.replace(runs.run_settings(settings), database_url=postgres_url)

@@ -1,6 +1,7 @@
 """The client against a real server process with the fake executor: every verb, and a server that is killed."""
 
 import asyncio
+import math
 import socket
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from tinkerbell.sdk import (
     NotFound,
     RequestFailed,
     RetryPolicy,
+    TinkerbellError,
     TooManyRequests,
     Unauthorized,
     from_text,
@@ -39,6 +41,41 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def client(url: str) -> Iterator[Client]:
     with Client(url) as client:
         yield client
+
+
+def test_outputs_of_a_forward(client: Client) -> None:
+    adapter = client.add_lora(rank=4, alpha=8, targets=["q_proj", "v_proj"], seed=3)
+    adapter.forward_backward(DATA)
+    adapter.optim_step(learning_rate=0.05)
+    asked = adapter.forward(DATA, entropy=True, logsumexp=True, top_k=3, logits=True)
+    result, bare = asked.result(), adapter.forward(DATA).result()
+    assert bare.outputs is None and result.logprobs == bare.logprobs
+    assert result.outputs is not None
+    for datum, logprobs, outputs in zip(DATA, result.logprobs, result.outputs, strict=True):
+        assert outputs.entropy and outputs.logsumexp and outputs.top_tokens and outputs.top_logprobs and outputs.logits
+        rows = outputs.logits.rows().tolist()
+        assert (len(rows), len(rows[0])) == outputs.logits.shape == (len(datum.tokens), 256)
+        for t, row in enumerate(rows):
+            lse = outputs.logsumexp[t]
+            assert row[datum.targets[t]] - lse == pytest.approx(logprobs[t], abs=1e-5)
+            assert outputs.entropy[t] == pytest.approx(sum(math.exp(z - lse) * (lse - z) for z in row), abs=1e-5)
+            assert outputs.top_tokens[t] == sorted(range(256), key=lambda v: (-row[v], v))[:3]
+            assert outputs.top_logprobs[t] == pytest.approx([row[v] - lse for v in outputs.top_tokens[t]], abs=1e-5)
+    assert client.future(asked.id).result() == result
+
+
+def test_large_outputs_come_back_from_a_blob_and_too_large_ones_are_refused(client: Client) -> None:
+    """16 MiB are 16384 tokens of this model's logits."""
+    adapter = client.add_lora(rank=4, alpha=8, targets=["q_proj"])
+    long = supervised([1 + n % 200 for n in range(1001)])
+    (outputs,) = adapter.forward([long], logits=True).result().outputs or []
+    assert outputs.logits is not None and outputs.logits.shape == (1000, 256)
+    rows = outputs.logits.rows()
+    assert [rows[0, v] for v in range(256)] == [rows[200, v] for v in range(256)]
+    with pytest.raises(TinkerbellError, match=r"would have 17408000 bytes; those of a request may have 16777216"):
+        adapter.forward([long] * 17, logits=True)
+    with pytest.raises(InvalidRequest, match="top_k"):
+        adapter.forward([long], top_k=65)
 
 
 def test_train_sample_save_load_remove(client: Client, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from tests.support import log
 from tinkerbell.events import codec, kinds
 from tinkerbell.events.chain import GENESIS, HASHED, link
+from tinkerbell.types import DatumOutputs
 
 GOLDEN = Path(__file__).parent / "events.json"
 
@@ -75,6 +76,14 @@ def test_golden_bytes_are_read(entry: dict[str, Any]) -> None:
         assert codec.decode_body(entry["type"], "msgpack", base64.b64decode(entry["body"])) == body
     else:
         assert body is None
+
+
+def test_outputs_of_a_forward_are_read_and_written_as_they_were() -> None:
+    outputs = DatumOutputs(entropy=b"e" * 4, top_tokens=b"t" * 8, top_logprobs=b"l" * 8)
+    body = kinds.OutputsBody([b"p" * 4], [outputs])
+    raw = base64.b64decode("kpHEBHBwcHCRlcQEZWVlZcDECHR0dHR0dHR0xAhsbGxsbGxsbMA=")
+    assert msgspec.msgpack.encode(body) == raw
+    assert codec.decode_body("forward.completed", "msgpack", raw) == body
 
 
 def test_a_body_compressed_long_ago_is_read() -> None:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from tinkerbell.executors.port import ForwardBackwardDone
 from tinkerbell.scheduler.batching import Limits, Measure, Plan, Restore, cut, cut_samples, plan
 from tinkerbell.scheduler.fair_share import FairShare
 from tinkerbell.scheduler.pending import Pending, PendingRequest, Reason
-from tinkerbell.types import AdamParams, LoraConfig, LossSpec, SamplingParams
+from tinkerbell.types import AdamParams, LoraConfig, LossSpec, OutputSpec, SamplingParams
 
 REQUESTS: dict[str, kinds.Request] = {
     "add_lora": kinds.AddLoraRequested(base_model="fake", lora=LoraConfig(), seed=1),
@@ -145,6 +146,34 @@ def test_adapters_bound_a_batch():
         asked(pending, log, "optim_step", name)
     works = planned(pending, Limits(batch_tokens=1000, max_adapters=2))
     assert works.count("forward_backward") == works.count("optim_step") == 2
+
+
+def test_few_requests_of_a_batch_get_logits():
+    """Their chunks may share it; likeliest tokens are small."""
+    pending, log = Pending(), Log()
+    greedy = kinds.ForwardRequested(
+        loss=LossSpec(), num_datums=2, num_tokens=20, outputs=OutputSpec(logits=True, top_k=1)
+    )
+    for name in "abcdef":
+        pending.absorb(log(greedy, name)).measure([10, 10], [(0, 1), (1, 2)])
+    sizes = []
+    while (batch := plan(pending, FairShare(), lambda *_: 1, LIMITS, Anything())) is not None:
+        assert isinstance(batch, Plan)
+        requests = {work.request.position: work.request for work in batch.works}
+        sizes.append(len(requests))
+        for request in requests.values():
+            pending.finish(request)
+    assert sizes == [4, 2]
+    lone = pending.absorb(log(greedy, "g"))
+    lone.measure([10] * 6, [(n, n + 1) for n in range(6)])
+    batch = plan(pending, FairShare(), lambda *_: 1, LIMITS, Anything())
+    assert isinstance(batch, Plan) and len(batch.works) == 6
+    pending.finish(lone)
+    modest = msgspec.structs.replace(greedy, outputs=OutputSpec(top_k=64))
+    for name in "abcdef":
+        pending.absorb(log(modest, name)).measure([20], [(0, 2)])
+    batch = plan(pending, FairShare(), lambda *_: 1, LIMITS, Anything())
+    assert isinstance(batch, Plan) and len(batch.works) == 6
 
 
 def test_a_request_too_large_for_any_batch_runs_alone():

@@ -16,7 +16,7 @@ from tinkerbell.config import Settings
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import NewEvent, Recorded
 from tinkerbell.events.store import EventStore
-from tinkerbell.types import SYSTEM_TENANT, ModelInfo, SampledSequence
+from tinkerbell.types import SYSTEM_TENANT, DatumOutputs, ModelInfo, SampledSequence
 
 MODEL = ModelInfo(
     name="tiny",
@@ -89,6 +89,23 @@ def answer(store: EventStore, position: int, event: kinds.AnyResult | None = Non
     return recorded
 
 
+def _outputs(event: kinds.ForwardRequested, data: kinds.ForwardBackwardBody) -> list[DatumOutputs]:
+    """Made up: the entropies count, the likeliest tokens are the first, the logits are zero."""
+    spec = event.outputs
+    if spec is None:
+        return []
+    return [
+        DatumOutputs(
+            entropy=floats(n) if spec.entropy else None,
+            logsumexp=floats(n) if spec.logsumexp else None,
+            top_tokens=np.tile(np.arange(spec.top_k, dtype="<i4"), n).tobytes() if spec.top_k else None,
+            top_logprobs=floats(n * spec.top_k) if spec.top_k else None,
+            logits=bytes(4 * n * MODEL.vocab_size) if spec.logits else None,
+        )
+        for n in (datum.num_tokens for datum in data.data)
+    ]
+
+
 def _success(store: EventStore, request: Recorded) -> tuple[kinds.AnyResult, kinds.Body | None, dict[str, bytes]]:
     digest = hashlib.sha256(str(request.position).encode()).hexdigest()
     event = request.event
@@ -103,7 +120,10 @@ def _success(store: EventStore, request: Recorded) -> tuple[kinds.AnyResult, kin
             cls = (
                 kinds.ForwardCompleted if isinstance(event, kinds.ForwardRequested) else kinds.ForwardBackwardCompleted
             )
-            body = kinds.LogprobsBody([floats(datum.num_tokens) for datum in data.data])
+            logprobs = [floats(datum.num_tokens) for datum in data.data]
+            body = kinds.LogprobsBody(logprobs)
+            if isinstance(event, kinds.ForwardRequested):
+                body = kinds.OutputsBody(logprobs, _outputs(event, data))
             return cls(loss=1.5, metrics={"m": 2.0}, num_tokens=event.num_tokens, cost_us=7), body, {}
         case kinds.OptimStepRequested():
             return kinds.OptimStepCompleted(step=1, grad_norm=0.5, state_digest=digest, cost_us=3), None, {}

@@ -14,6 +14,7 @@ from tinkerbell.types import (
     LoraConfig,
     LossSpec,
     ModelInfo,
+    OutputSpec,
     SampledSequence,
     SamplingParams,
 )
@@ -224,7 +225,15 @@ def examples() -> dict[str, tuple[AnyEvent, Body | None]]:
             None,
         ),
         (kinds.RemoveLoraRequested(), None),
-        (kinds.ForwardRequested(loss=loss, num_datums=2, num_tokens=5), data_body),
+        (
+            kinds.ForwardRequested(
+                loss=loss,
+                num_datums=2,
+                num_tokens=5,
+                outputs=OutputSpec(entropy=True, logsumexp=True, top_k=2, logits=True),
+            ),
+            data_body,
+        ),
         (kinds.ForwardBackwardRequested(loss=loss, num_datums=2, num_tokens=5), data_body),
         (kinds.OptimStepRequested(adam=adam), None),
         (kinds.SampleRequested(params=params, num_tokens=3), kinds.SampleBody(prompt=ints(1, 2, 3))),
@@ -234,7 +243,7 @@ def examples() -> dict[str, tuple[AnyEvent, Body | None]]:
         (kinds.RemoveLoraCompleted(**ran), None),
         (
             kinds.ForwardCompleted(loss=1.75, metrics={"tokens": 5.0}, num_tokens=5, logprobs_digest="56" * 32, **ran),
-            logprobs,
+            kinds.OutputsBody(logprobs=logprobs.logprobs),
         ),
         (
             kinds.ForwardBackwardCompleted(

@@ -13,7 +13,7 @@ from tinkerbell.events import kinds
 from tinkerbell.events.kinds import Body, ForwardBackwardBody, NewEvent, Recorded, SampleBody
 from tinkerbell.events.store import EventStore
 from tinkerbell.scheduler.service import SchedulerService
-from tinkerbell.types import AdamParams, Datum, LoraConfig, LossSpec, SamplingParams
+from tinkerbell.types import AdamParams, Datum, LoraConfig, LossSpec, OutputSpec, SamplingParams
 
 RUN = "ad_run"
 OTHER = "ad_other"
@@ -71,6 +71,8 @@ class Asker:
         cls = kinds.ForwardBackwardRequested if backward else kinds.ForwardRequested
         tokens = sum(datum.num_tokens for datum in data)
         event = cls(loss=LossSpec(name=loss), num_datums=len(data), num_tokens=tokens, chunk_tokens=16)
+        if isinstance(event, kinds.ForwardRequested):
+            event = msgspec.structs.replace(event, outputs=OutputSpec(entropy=True, top_k=3))
         return self.ask(event, ForwardBackwardBody(data=data))
 
     def step(self, learning_rate: float = 0.05) -> int:

@@ -1,6 +1,7 @@
 """What each route does, from the HTTP request to the event and back."""
 
 import asyncio
+import base64
 import io
 import tarfile
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from tinkerbell.config import Settings
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import NewEvent
 from tinkerbell.events.store import EventStore
-from tinkerbell.types import AdamParams, LoraConfig
+from tinkerbell.types import AdamParams, LoraConfig, OutputSpec
 
 FLOAT32 = float(np.float32(LOGPROB))
 
@@ -60,6 +61,31 @@ def test_the_life_of_an_adapter(api: ApiDriver) -> None:
     assert problem(refused, 404, "not-found")["detail"].replace(adapter, "X") == problem(unknown, 404, "not-found")[
         "detail"
     ].replace(f"ad_{'a' * 20}", "X")
+
+
+def test_a_forward_carries_the_outputs_it_asks_for(api: ApiDriver) -> None:
+    adapter = api.adapter()
+    asked = {"entropy": True, "top_k": 2, "logits": True}
+    future = api.submit(f"/v1/adapters/{adapter}/forward", json={"data": [datum(3), datum(1)], "outputs": asked})
+    recorded = api.store.get(future["id"])
+    assert recorded is not None and isinstance(recorded.event, kinds.ForwardRequested)
+    assert recorded.event.outputs == OutputSpec(entropy=True, top_k=2, logits=True)
+    answer(api.store, future["id"])
+    first, second = api.get(f"/v1/futures/{future['id']}").json()["result"]["outputs"]
+    assert (first["entropy"], second["entropy"]) == ([FLOAT32] * 3, [FLOAT32])
+    assert first["logsumexp"] is None
+    assert (first["top_tokens"], second["top_logprobs"]) == ([[0, 1]] * 3, [[FLOAT32] * 2])
+    assert first["logits"]["shape"] == [3, MODEL.vocab_size]
+    assert base64.b64decode(first["logits"]["data"]) == bytes(12 * MODEL.vocab_size)
+
+
+def test_a_forward_without_outputs_has_none(api: ApiDriver) -> None:
+    future = api.submit(f"/v1/adapters/{api.adapter()}/forward", json={"data": [datum(3)]})
+    recorded = api.store.get(future["id"])
+    assert recorded is not None and isinstance(recorded.event, kinds.ForwardRequested)
+    assert recorded.event.outputs is None
+    answer(api.store, future["id"])
+    assert api.get(f"/v1/futures/{future['id']}").json()["result"]["outputs"] is None
 
 
 @pytest.mark.parametrize("route", ["forward", "fwdbwd"])

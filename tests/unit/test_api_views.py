@@ -12,7 +12,7 @@ from tinkerbell.errors import Corrupt
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.rows import FutureRow, RunPoint
-from tinkerbell.types import SampledSequence
+from tinkerbell.types import DatumOutputs, SampledSequence
 
 ROW = FutureRow(
     id=3,
@@ -76,6 +76,51 @@ def test_a_missing_logprob_is_an_error(body: kinds.Body | None) -> None:
         views.answered(ROW, recorded(DONE), body)
 
 
+FORWARD = kinds.ForwardCompleted(loss=1.0, metrics={}, num_tokens=2)
+
+
+def test_outputs_arrive_as_they_are() -> None:
+    logits = np.arange(6, dtype="<f4")
+    datum = DatumOutputs(
+        entropy=logprobs(0.5, 0.25),
+        top_tokens=np.array([7, 1, 0, 2], "<i4").tobytes(),
+        top_logprobs=logprobs(-0.1, -0.2, -0.3, -1e-38),
+        logits=logits.tobytes(),
+    )
+    body = kinds.OutputsBody([logprobs(-1.0, -2.0)], [datum])
+    future = views.answered(ROW, recorded(FORWARD), body)
+    sent = msgspec.json.decode(msgspec.json.encode(future), type=wire.Future)
+    assert isinstance(sent.result, wire.ForwardBackwardResult) and sent.result.outputs is not None
+    (outputs,) = sent.result.outputs
+    assert (outputs.entropy, outputs.logsumexp) == ([0.5, 0.25], None)
+    assert outputs.top_tokens == [[7, 1], [0, 2]]
+    assert np.array(outputs.top_logprobs, "<f4").tobytes() == datum.top_logprobs
+    assert outputs.logits is not None and outputs.logits.shape == (2, 3)
+    rows = outputs.logits.rows()
+    assert rows.tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]] and rows[1, 2] == 5.0
+    assert np.array_equal(np.asarray(rows), logits.reshape(2, 3))
+
+
+def test_without_outputs_there_are_none() -> None:
+    future = views.answered(ROW, recorded(FORWARD), kinds.OutputsBody([logprobs(-1.0, -2.0)]))
+    assert isinstance(future.result, wire.ForwardBackwardResult) and future.result.outputs is None
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ([DatumOutputs(), DatumOutputs()], "outputs of 2 data for 1"),
+        ([DatumOutputs(entropy=logprobs(1.0))], "1 numbers of an output for 2 tokens"),
+        ([DatumOutputs(entropy=logprobs(1.0, 2.0, 3.0, 4.0))], "4 numbers of an output for 2 tokens"),
+        ([DatumOutputs(logits=logprobs(1.0, 2.0, 3.0))], "3 numbers of an output for 2 tokens"),
+        ([DatumOutputs(top_tokens=bytes(16), top_logprobs=bytes(8))], "2 tokens and 1 logprobs"),
+    ],
+)
+def test_outputs_of_another_length_are_an_error(outputs: list[DatumOutputs], message: str) -> None:
+    with pytest.raises(Corrupt, match=message):
+        views.answered(ROW, recorded(FORWARD), kinds.OutputsBody([logprobs(-1.0, -2.0)], outputs))
+
+
 def test_a_sample_has_a_logprob_for_each_token() -> None:
     event = kinds.SampleCompleted(step=0, num_prompt_tokens=1, num_sampled_tokens=2)
     tokens = np.array([1, 2], "<i4").tobytes()
@@ -91,6 +136,7 @@ def test_a_sample_has_a_logprob_for_each_token() -> None:
     [
         (DONE, kinds.LogprobsBody([logprobs(-1.0, math.nan)])),
         (DONE, kinds.LogprobsBody([logprobs(-1.0, -math.inf)])),
+        (FORWARD, kinds.OutputsBody([logprobs(-1.0, -1.0)], [DatumOutputs(logits=logprobs(0.0, math.inf))])),
         (msgspec.structs.replace(DONE, loss=math.nan), kinds.LogprobsBody([logprobs(-1.0, -1.0)])),
         (msgspec.structs.replace(DONE, metrics={"kl": math.inf}), kinds.LogprobsBody([logprobs(-1.0, -1.0)])),
         (kinds.OptimStepCompleted(step=1, grad_norm=math.nan, state_digest=""), None),

@@ -69,11 +69,11 @@ def test_where_memory_does_not_suffice_a_lone_request_is_tried_with_less(
     (expected,) = made.train(unit)
     honest, passes = head.target_logprobs, []
 
-    def scarce(runtime: Any, hidden: torch.Tensor, targets: torch.Tensor, plan: Any) -> torch.Tensor:
+    def scarce(runtime: Any, hidden: torch.Tensor, targets: torch.Tensor, plan: Any, observer: Any) -> torch.Tensor:
         passes.append(plan.recompute)
         if not plan.recompute:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return honest(runtime, hidden, targets, plan)
+        return honest(runtime, hidden, targets, plan, observer)
 
     monkeypatch.setattr(trainer, "target_logprobs", scarce)
     (answer,) = made.trainer.run([unit])

@@ -92,11 +92,18 @@ class Submitter:
         """The adapter leaves after what was asked before."""
         return await self._for_adapter("remove_lora", adapter, lambda _: Draft(event=kinds.RemoveLoraRequested()))
 
-    async def forward(self, adapter: AdapterId, body: wire.ForwardBackward) -> wire.Future:
-        """Loss and logprobs only."""
-        return await self._for_adapter(
-            "forward", adapter, lambda model: self._train(kinds.ForwardRequested, body, model)
-        )
+    async def forward(self, adapter: AdapterId, body: wire.Forward) -> wire.Future:
+        """Loss, logprobs and outputs only."""
+
+        def draft(model: ModelInfo) -> Draft:
+            made = self._train(kinds.ForwardRequested, body, model)
+            if body.outputs is None:
+                return made
+            limits = self._context.settings.limits
+            validation.outputs(body.outputs, made.tokens, model, limits.max_output_bytes)
+            return msgspec.structs.replace(made, event=msgspec.structs.replace(made.event, outputs=body.outputs))
+
+        return await self._for_adapter("forward", adapter, draft)
 
     async def forward_backward(self, adapter: AdapterId, body: wire.ForwardBackward) -> wire.Future:
         """Loss, logprobs and gradients."""

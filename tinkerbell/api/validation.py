@@ -21,6 +21,7 @@ from tinkerbell.types import (
     LossSignature,
     LossSpec,
     ModelInfo,
+    OutputSpec,
     SamplingParams,
 )
 
@@ -114,6 +115,23 @@ def _datum(where: str, body: wire.DatumBody, loss_name: str, signature: LossSign
             for name, values in sorted(body.loss_inputs.items())
         },
     )
+
+
+def outputs(spec: OutputSpec, num_tokens: int, model: ModelInfo, max_bytes: int) -> None:
+    """Raises InvalidRequest for more tokens than the vocabulary has, TooLarge over `max_bytes` of arrays."""
+    if spec.top_k > model.vocab_size:
+        raise InvalidRequest(
+            f"outputs.top_k is {spec.top_k}; the vocabulary of {model.name} has {model.vocab_size} tokens."
+        )
+    num_bytes = spec.num_bytes(num_tokens, model.vocab_size)
+    if num_bytes > max_bytes:
+        raise TooLarge(
+            f"The outputs of {num_tokens} tokens would have {num_bytes} bytes; those of a request may have {max_bytes}."
+            " Ask for fewer tokens at a time"
+            + (f", or for top_k instead of all {model.vocab_size} logits." if spec.logits else "."),
+            num_bytes=num_bytes,
+            limit=max_bytes,
+        )
 
 
 def token_bytes(where: str, tokens: Sequence[int], model: ModelInfo) -> bytes:

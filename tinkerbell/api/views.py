@@ -6,6 +6,7 @@ the future by name.
 
 import math
 from datetime import UTC, datetime
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,7 +15,7 @@ from tinkerbell import wire
 from tinkerbell.errors import Corrupt
 from tinkerbell.events import kinds
 from tinkerbell.events.rows import AdapterRow, CheckpointRow, FutureRow, RunPoint, UsageRow
-from tinkerbell.types import SampledSequence
+from tinkerbell.types import DatumOutputs, SampledSequence
 
 _REDACTED = frozenset({"key_hash"})
 """Fields of events that never leave the server, not even to their owner."""
@@ -87,6 +88,7 @@ def _result(result: kinds.Recorded, body: kinds.Body | None) -> wire.ResultBody:
                 metrics={name: _number(value) for name, value in done.metrics.items()},
                 logprobs=[_floats(logprobs) for logprobs in body.logprobs],
                 num_tokens=done.num_tokens,
+                outputs=_outputs(result.position, body),
             )
         case kinds.SampleCompleted() as done:
             if not isinstance(body, kinds.SamplesBody):
@@ -119,6 +121,47 @@ def _result(result: kinds.Recorded, body: kinds.Body | None) -> wire.ResultBody:
             return wire.RemoveLoraResult()
         case other:
             raise Corrupt(f"event {result.position} ({kinds.type_of(other)}) is no result")
+
+
+def _outputs(position: int, body: kinds.LogprobsBody) -> list[wire.OutputsBody] | None:
+    if not isinstance(body, kinds.OutputsBody) or not body.outputs:
+        return None
+    if len(body.outputs) != len(body.logprobs):
+        raise Corrupt(f"event {position} has outputs of {len(body.outputs)} data for {len(body.logprobs)}")
+    lengths = (len(logprobs) // 4 for logprobs in body.logprobs)
+    return [_datum_outputs(position, datum, n) for datum, n in zip(body.outputs, lengths, strict=True)]
+
+
+def _datum_outputs(position: int, datum: DatumOutputs, n: int) -> wire.OutputsBody:
+    """Of a datum of `n` tokens."""
+
+    def table(raw: bytes | None, dtype: str, width: int = -1) -> np.ndarray[tuple[int, int], np.dtype[Any]] | None:
+        """[n, width]; -1: whatever it has."""
+        if raw is None:
+            return None
+        array = np.frombuffer(raw, dtype)
+        if array.size == 0 or array.size != n * (array.size // n if width < 0 else width):
+            raise Corrupt(f"event {position} has {array.size} numbers of an output for {n} tokens")
+        if not np.isfinite(array).all():
+            raise _NotFinite
+        return array.reshape(n, -1)
+
+    entropy, logsumexp = table(datum.entropy, "<f4", 1), table(datum.logsumexp, "<f4", 1)
+    tokens, logprobs, logits = (
+        table(datum.top_tokens, "<i4"),
+        table(datum.top_logprobs, "<f4"),
+        table(datum.logits, "<f4"),
+    )
+    widths = [0 if top is None else top.shape[1] for top in (tokens, logprobs)]
+    if widths[0] != widths[1]:
+        raise Corrupt(f"event {position} has of each token the likeliest {widths[0]} tokens and {widths[1]} logprobs")
+    return wire.OutputsBody(
+        entropy=None if entropy is None else entropy[:, 0].tolist(),
+        logsumexp=None if logsumexp is None else logsumexp[:, 0].tolist(),
+        top_tokens=None if tokens is None else tokens.tolist(),
+        top_logprobs=None if logprobs is None else logprobs.tolist(),
+        logits=None if logits is None else wire.LogitsBody(shape=logits.shape, data=logits.tobytes()),
+    )
 
 
 def _sequence(position: int, sequence: SampledSequence) -> wire.SequenceBody:

@@ -15,9 +15,11 @@ from tinkerbell.types import (
     Category,
     CheckpointId,
     Datum,
+    DatumOutputs,
     LoraConfig,
     LossSpec,
     ModelInfo,
+    OutputSpec,
     SampledSequence,
     SamplingParams,
     TenantId,
@@ -58,6 +60,8 @@ class ForwardRequested(Request, frozen=True, kw_only=True, tag="forward.requeste
     num_tokens: int
     chunk_tokens: int = 1024
     """It is cut into micro-batches of at most so many tokens, now and whenever it is executed again."""
+    outputs: OutputSpec | None = None
+    """What else to answer of each token's distribution."""
 
 
 class ForwardBackwardRequested(Request, frozen=True, kw_only=True, tag="forward_backward.requested"):
@@ -423,6 +427,12 @@ class LogprobsBody(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[bytes]
 
 
+class OutputsBody(LogprobsBody, frozen=True, array_like=True):
+    """And what else was asked for of each datum; empty where nothing was."""
+
+    outputs: list[DatumOutputs] = []
+
+
 class SamplesBody(msgspec.Struct, frozen=True, array_like=True):
     """Continuations, and [P - 1] float32 logprobs of the prompt if asked for."""
 
@@ -430,13 +440,13 @@ class SamplesBody(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: bytes | None
 
 
-Body = ForwardBackwardBody | SampleBody | LogprobsBody | SamplesBody
+Body = ForwardBackwardBody | SampleBody | LogprobsBody | OutputsBody | SamplesBody
 
 BODY_OF: dict[str, type[Body]] = {
     "forward.requested": ForwardBackwardBody,
     "forward_backward.requested": ForwardBackwardBody,
     "sample.requested": SampleBody,
-    "forward.completed": LogprobsBody,
+    "forward.completed": OutputsBody,
     "forward_backward.completed": LogprobsBody,
     "sample.completed": SamplesBody,
 }

@@ -34,7 +34,7 @@ from tinkerbell.executors.port import (
     UnitResult,
 )
 from tinkerbell.executors.protocol import ExecutorOptions
-from tinkerbell.types import TARGET_PRESETS, AdapterId, LoraConfig, ModelInfo, SampledSequence
+from tinkerbell.types import TARGET_PRESETS, AdapterId, DatumOutputs, LoraConfig, ModelInfo, SampledSequence
 
 TARGETS = (*TARGET_PRESETS["all-linear"], "lm_head")
 EOS_TOKEN = 0
@@ -160,11 +160,14 @@ class FakeExecutor:
         """Add the chunk's gradient to its request's, all or nothing."""
         if not unit.data:
             raise InvalidRequest("there is no datum in this request")
+        if unit.outputs is not None and unit.outputs.top_k > self._info.vocab_size:
+            raise InvalidRequest(f"top_k of {unit.outputs.top_k}; this model has {self._info.vocab_size} tokens")
         distribution = self._distribution(unit.adapter)
         total = array("d", bytes(8 * len(adapter.weights)))
         losses: list[float] = []
         metrics: dict[str, float] = {}
         logprobs: list[bytes] = []
+        outputs: list[DatumOutputs] = []
         for datum in unit.data:
             tokens, targets = self._tokens(datum.tokens), self._tokens(datum.targets)
             if len(tokens) != len(targets):
@@ -176,6 +179,8 @@ class FakeExecutor:
             for name, metric in value.metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + metric
             logprobs.append(struct.pack(f"<{len(found)}f", *found))
+            if unit.outputs is not None:
+                outputs.append(distribution.outputs(tokens, unit.outputs))
             if unit.backward:
                 by_delta = distribution.gradient(tokens, targets, value.slopes)
                 total = array("d", map(operator.add, total, adapter.chain(by_delta)))
@@ -183,7 +188,13 @@ class FakeExecutor:
         if not all(map(math.isfinite, (loss, *metrics.values(), *total))):
             raise NonFinite("the loss or the gradient of this request is not finite")
         request.gradient = array("d", map(operator.add, request.gradient, total))
-        return ForwardBackwardDone(request=unit.request, loss=loss, metrics=metrics, logprobs=logprobs)
+        return ForwardBackwardDone(
+            request=unit.request,
+            loss=loss,
+            metrics=metrics,
+            logprobs=logprobs,
+            outputs=outputs if unit.outputs is not None else None,
+        )
 
     def _optim_step(self, unit: OptimStep) -> UnitResult:
         adapter = self._find(unit.adapter)

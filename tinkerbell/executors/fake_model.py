@@ -9,11 +9,11 @@ feature are hashes. With B = 0 an adapter is the base model, as with LoRA, and A
 import hashlib
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 from tinkerbell.executors.randomness import uniform
-from tinkerbell.types import SamplingParams
+from tinkerbell.types import DatumOutputs, OutputSpec, SamplingParams
 
 BASE_SPREAD = 2.0
 """Logits of the base model are uniform in ±BASE_SPREAD."""
@@ -26,12 +26,24 @@ class Row:
         highest = max(logits)
         total = sum(math.exp(z - highest) for z in logits)
         log_total = highest + math.log(total)
+        self.logits = logits
+        self.logsumexp = log_total
         self.logprobs = [z - log_total for z in logits]
 
     @cached_property
     def probabilities(self) -> list[float]:
         """[V]"""
         return [math.exp(logprob) for logprob in self.logprobs]
+
+    @cached_property
+    def entropy(self) -> float:
+        """Nats."""
+        return -math.fsum(p * logprob for p, logprob in zip(self.probabilities, self.logprobs, strict=True))
+
+    @cached_property
+    def order(self) -> list[int]:
+        """[V] tokens, likeliest first, of equal ones the lower id."""
+        return sorted(range(len(self.logits)), key=lambda v: (-self.logits[v], v))
 
 
 class BaseModel:
@@ -85,6 +97,18 @@ class Distribution:
     def target_logprobs(self, tokens: Sequence[int], targets: Sequence[int]) -> list[float]:
         """[T] nats of each target after its token."""
         return [self.row(token).logprobs[target] for token, target in zip(tokens, targets, strict=True)]
+
+    def outputs(self, tokens: Sequence[int], spec: OutputSpec) -> DatumOutputs:
+        """What `spec` asks for of the distributions after each token."""
+        rows = [self.row(token) for token in tokens]
+        top = [(row, v) for row in rows for v in row.order[: spec.top_k]]
+        return DatumOutputs(
+            entropy=_floats(row.entropy for row in rows) if spec.entropy else None,
+            logsumexp=_floats(row.logsumexp for row in rows) if spec.logsumexp else None,
+            top_tokens=struct.pack(f"<{len(top)}i", *(v for _, v in top)) if spec.top_k else None,
+            top_logprobs=_floats(row.logprobs[v] for row, v in top) if spec.top_k else None,
+            logits=_floats(z for row in rows for z in row.logits) if spec.logits else None,
+        )
 
     def gradient(self, tokens: Sequence[int], targets: Sequence[int], slopes: Sequence[float]) -> list[float]:
         """[K] dLoss/ddelta, given slopes [T] = dLoss/dlogprob.
@@ -158,3 +182,9 @@ def _choose(row: Row, params: SamplingParams, u: float) -> int:
         if reached > threshold:
             return v
     return order[kept - 1]
+
+
+def _floats(numbers: Iterable[float]) -> bytes:
+    """As little-endian float32."""
+    found = list(numbers)
+    return struct.pack(f"<{len(found)}f", *found)

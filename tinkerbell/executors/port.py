@@ -16,9 +16,11 @@ from tinkerbell.types import (
     AdapterId,
     Category,
     Datum,
+    DatumOutputs,
     LoraConfig,
     LossSpec,
     ModelInfo,
+    OutputSpec,
     SampledSequence,
     SamplingParams,
 )
@@ -36,6 +38,8 @@ class ForwardBackward(msgspec.Struct, frozen=True, kw_only=True, tag="forward_ba
     adapter: AdapterId
     data: list[Datum]
     loss: LossSpec
+    outputs: OutputSpec | None = None
+    """What else to answer of each token's distribution."""
     backward: bool = True
     first: bool = True
     last: bool = True
@@ -91,6 +95,8 @@ class ForwardBackwardDone(msgspec.Struct, frozen=True, kw_only=True, tag="forwar
     """Sums over the chunk, so that chunks add."""
     logprobs: list[bytes]
     """For each datum [N] float32 nats: logprob of each target."""
+    outputs: list[DatumOutputs] | None = None
+    """Of each datum, where they were asked for."""
 
 
 class OptimStepDone(msgspec.Struct, frozen=True, kw_only=True, tag="optim_step"):

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinkerbell.events import kinds
-from tinkerbell.events.kinds import LogprobsBody, SamplesBody
+from tinkerbell.events.kinds import LogprobsBody, OutputsBody, SamplesBody
 from tinkerbell.executors.port import OptimStepDone, SampleDone, UnitFailed
 from tinkerbell.replay.findings import Finding, Tolerance, finding, mean_difference, relative
 from tinkerbell.replay.history import Call
 from tinkerbell.replay.log import Log, body_of
 from tinkerbell.replay.session import Outcome, Passed
-from tinkerbell.scheduler.results import logprobs_digest
+from tinkerbell.scheduler.results import logprobs_digest, outputs_digest
+from tinkerbell.types import DatumOutputs
 
 
 @dataclass(slots=True)
@@ -89,6 +90,9 @@ class Comparison:
             if recorded is None:
                 recorded = logprobs_digest(self._logprobs(call))
             yield from self._same("logprobs", call, recorded, logprobs_digest(found.logprobs), step)
+            if found.outputs:
+                before, now = map(outputs_digest, (self._outputs(call), found.outputs))
+                yield from self._same("outputs", call, before, now, step)
             return
         yield from self._near("loss", call, (event.loss, found.loss), self.tolerance.loss(step), step)
         apart = mean_difference(self._logprobs(call), found.logprobs)
@@ -124,6 +128,12 @@ class Comparison:
             if recorded != again:
                 yield finding("sample", call, f"sample {number}", "other tokens or logprobs", step=step)
             self.num_compared += 1
+
+    def _outputs(self, call: Call) -> list[DatumOutputs]:
+        assert call.result is not None
+        body = body_of(self.log, call.result)
+        assert isinstance(body, OutputsBody)
+        return body.outputs
 
     def _logprobs(self, call: Call) -> list[bytes]:
         assert call.result is not None

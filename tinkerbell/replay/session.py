@@ -28,7 +28,7 @@ from tinkerbell.replay.log import Log, body_of
 from tinkerbell.scheduler.recovery import adapter_state
 from tinkerbell.scheduler.results import combine
 from tinkerbell.scheduler.units import units_again
-from tinkerbell.types import AdamParams
+from tinkerbell.types import AdamParams, DatumOutputs
 
 Change = Callable[[AdamParams], AdamParams]
 
@@ -62,6 +62,8 @@ class Passed:
     metrics: dict[str, float]
     logprobs: list[bytes]
     """For each datum [N] float32 nats."""
+    outputs: list[DatumOutputs]
+    """Of each datum, where a forward asked for them."""
 
 
 Outcome = Passed | OptimStepDone | SampleDone | UnitFailed
@@ -139,9 +141,5 @@ def _together(answers: Sequence[UnitResult]) -> Outcome:
     for answer in answers:
         if isinstance(answer, UnitFailed | OptimStepDone | SampleDone):
             return answer
-    return Passed(*_passed([answer for answer in answers if isinstance(answer, ForwardBackwardDone)]))
-
-
-def _passed(parts: Sequence[ForwardBackwardDone]) -> tuple[float, dict[str, float], list[bytes]]:
-    loss, metrics, body = combine(parts)
-    return loss, metrics, body.logprobs
+    loss, metrics, body = combine([answer for answer in answers if isinstance(answer, ForwardBackwardDone)])
+    return Passed(loss, metrics, body.logprobs, body.outputs)

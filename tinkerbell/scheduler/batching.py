@@ -36,6 +36,10 @@ def cut_samples(num_samples: int, most_tokens: int, batch_tokens: int) -> list[t
     return [(start, min(start + together, num_samples)) for start in range(0, num_samples, together)]
 
 
+LOGITS_REQUESTS = 4
+"""Most requests in a batch that want logits: each may have as many bytes of them as a request may."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Bounds of one batch."""
@@ -136,6 +140,8 @@ class _Filling:
     room: int
     works: list[Work] = field(default_factory=list)
     adapters: set[AdapterId] = field(default_factory=set)
+    with_logits: set[int] = field(default_factory=set)
+    """Positions of the requests that want logits."""
 
     def take(self, cursor: _Cursor, *, in_turn: bool = True) -> None:
         request = cursor.request
@@ -146,6 +152,8 @@ class _Filling:
         self.room -= request.chunk_tokens(cursor.chunk)
         if request.adapter is not None:
             self.adapters.add(request.adapter)
+        if request.wants_logits:
+            self.with_logits.add(request.position)
         cursor.used = True
         cursor.advance()
 
@@ -260,5 +268,7 @@ def _fits(cursor: _Cursor, filling: _Filling, limits: Limits) -> bool:
     assert request is not None
     joins = request.adapter is not None and request.adapter not in filling.adapters
     if joins and len(filling.adapters) >= limits.max_adapters:
+        return False
+    if request.wants_logits and len(filling.with_logits - {request.position}) >= LOGITS_REQUESTS:
         return False
     return request.chunk_tokens(cursor.chunk) <= filling.room

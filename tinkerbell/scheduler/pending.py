@@ -85,6 +85,12 @@ class PendingRequest:
         """Whether it may have killed an executor: then it runs alone."""
         return self.deaths > 0
 
+    @property
+    def wants_logits(self) -> bool:
+        """Whether its answer is large for its tokens."""
+        event = self.event
+        return isinstance(event, kinds.ForwardRequested) and event.outputs is not None and event.outputs.logits
+
     def chunk_tokens(self, index: int) -> int:
         """Tokens that chunk `index` takes of a batch's budget; for samples all they may become."""
         start, stop = self.chunks[index]

@@ -4,12 +4,14 @@ import hashlib
 import math
 from collections.abc import Iterable
 
+import msgspec
+
 from tinkerbell.errors import ServerError
 from tinkerbell.events import kinds
-from tinkerbell.events.kinds import FAILED, AnyResult, Body, LogprobsBody, SamplesBody, kind_of
+from tinkerbell.events.kinds import FAILED, AnyResult, Body, LogprobsBody, OutputsBody, SamplesBody, kind_of
 from tinkerbell.executors.port import ForwardBackwardDone, OptimStepDone, SampleDone, UnitResult
 from tinkerbell.scheduler.pending import PendingRequest
-from tinkerbell.types import Category
+from tinkerbell.types import Category, DatumOutputs
 
 
 def stream_of(request: PendingRequest) -> str:
@@ -17,18 +19,20 @@ def stream_of(request: PendingRequest) -> str:
     return f"tenant/{request.tenant}" if request.adapter is None else f"adapter/{request.adapter}"
 
 
-def combine(parts: Iterable[ForwardBackwardDone]) -> tuple[float, dict[str, float], LogprobsBody]:
-    """The chunks of one request, in order: losses and metrics add, logprobs follow one another in datum
-    order."""
+def combine(parts: Iterable[ForwardBackwardDone]) -> tuple[float, dict[str, float], OutputsBody]:
+    """The chunks of one request, in order: losses and metrics add, logprobs and outputs follow one another in
+    datum order."""
     loss = 0.0
     metrics: dict[str, float] = {}
     logprobs: list[bytes] = []
+    outputs: list[DatumOutputs] = []
     for part in parts:
         loss += part.loss
         for name, value in part.metrics.items():
             metrics[name] = metrics.get(name, 0.0) + value
         logprobs.extend(part.logprobs)
-    return loss, metrics, LogprobsBody(logprobs=logprobs)
+        outputs.extend(part.outputs or ())
+    return loss, metrics, OutputsBody(logprobs=logprobs, outputs=outputs)
 
 
 def logprobs_digest(logprobs: Iterable[bytes]) -> str:
@@ -38,6 +42,11 @@ def logprobs_digest(logprobs: Iterable[bytes]) -> str:
         digest.update(len(values).to_bytes(8, "little"))
         digest.update(values)
     return digest.hexdigest()
+
+
+def outputs_digest(outputs: Iterable[DatumOutputs]) -> str:
+    """sha256 (hex) over all that was asked for, to compare two executions."""
+    return hashlib.sha256(msgspec.msgpack.encode(list(outputs))).hexdigest()
 
 
 def require_finite(answers: Iterable[UnitResult]) -> None:
@@ -68,7 +77,7 @@ def forward_done(request: PendingRequest, batch: str) -> tuple[AnyResult, Body]:
         num_tokens=event.num_tokens,
         logprobs_digest=logprobs_digest(body.logprobs),
     )
-    return completed, body
+    return completed, body if request.kind == "forward" else LogprobsBody(logprobs=body.logprobs)
 
 
 def optim_step_done(request: PendingRequest, done: OptimStepDone, batch: str) -> AnyResult:

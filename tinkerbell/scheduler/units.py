@@ -11,6 +11,7 @@ from tinkerbell.executors.port import ForwardBackward, OptimStep, Sample, Unit
 from tinkerbell.scheduler.batching import Plan, Work, cut
 from tinkerbell.scheduler.bodies import Bodies
 from tinkerbell.scheduler.pending import PendingRequest
+from tinkerbell.types import OutputSpec
 
 
 async def units_of(plan: Plan, bodies: Bodies) -> list[Unit]:
@@ -53,6 +54,7 @@ def units_again(recorded: Recorded, body: Body | None) -> list[Unit]:
                     adapter=adapter,
                     data=body.data[start:stop],
                     loss=event.loss,
+                    outputs=_outputs(event),
                     backward=isinstance(event, kinds.ForwardBackwardRequested),
                     first=index == 0,
                     last=index == len(chunks) - 1,
@@ -65,6 +67,10 @@ def units_again(recorded: Recorded, body: Body | None) -> list[Unit]:
                 Sample(request=recorded.position, adapter=adapter, prompt=body.prompt, params=event.params, seed=seed)
             ]
     raise Corrupt(f"event {recorded.position} has no request body")
+
+
+def _outputs(event: kinds.ForwardRequested | kinds.ForwardBackwardRequested) -> OutputSpec | None:
+    return event.outputs if isinstance(event, kinds.ForwardRequested) else None
 
 
 async def _unit(work: Work, bodies: Bodies) -> Unit:
@@ -98,6 +104,7 @@ async def _unit(work: Work, bodies: Bodies) -> Unit:
                 adapter=request.adapter,
                 data=body.data[start:stop],
                 loss=event.loss,
+                outputs=_outputs(event),
                 backward=request.kind == "forward_backward",
                 first=work.first,
                 last=work.last,

@@ -8,7 +8,7 @@ from tinkerbell import wire
 from tinkerbell.sdk import calls
 from tinkerbell.sdk.calls import Call
 from tinkerbell.sdk.future import Future
-from tinkerbell.sdk.settings import Adam, Sampling
+from tinkerbell.sdk.settings import Adam, Outputs, Sampling
 
 if TYPE_CHECKING:
     from tinkerbell.sdk.client import Client
@@ -39,18 +39,18 @@ class Adapter:
 
         `config` holds settings of the loss, e.g. {"clip_low_threshold": 0.8} for ppo.
         """
-        return self._ask(calls.forward_backward(self.id, data, loss, config, backward=True), wire.ForwardBackwardResult)
+        return self._ask(calls.forward_backward(self.id, data, loss, config), wire.ForwardBackwardResult)
 
     def forward(
         self,
         data: Sequence[wire.DatumBody],
         loss: str = "cross_entropy",
         config: Mapping[str, float] | None = None,
+        **outputs: Unpack[Outputs],
     ) -> Future[wire.ForwardBackwardResult]:
-        """Loss and logprobs, no gradient."""
-        return self._ask(
-            calls.forward_backward(self.id, data, loss, config, backward=False), wire.ForwardBackwardResult
-        )
+        """Loss and logprobs, no gradient; and of each token's distribution what `outputs` asks for, e.g.
+        entropy=True, top_k=5, logits=True. They are in the result's `outputs`, one entry for each datum."""
+        return self._ask(calls.forward(self.id, data, loss, config, outputs), wire.ForwardBackwardResult)
 
     def optim_step(self, **settings: Unpack[Adam]) -> Future[wire.OptimStepResult]:
         """Apply the accumulated gradient with AdamW, and clear it."""

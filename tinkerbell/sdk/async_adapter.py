@@ -9,7 +9,7 @@ from tinkerbell.sdk import calls
 from tinkerbell.sdk.adapter import checkpoint_id
 from tinkerbell.sdk.async_future import AsyncFuture
 from tinkerbell.sdk.calls import Call
-from tinkerbell.sdk.settings import Adam, Sampling
+from tinkerbell.sdk.settings import Adam, Outputs, Sampling
 
 if TYPE_CHECKING:
     from tinkerbell.sdk.async_client import AsyncClient
@@ -34,7 +34,7 @@ class AsyncAdapter:
         config: Mapping[str, float] | None = None,
     ) -> AsyncFuture[wire.ForwardBackwardResult]:
         """Add the gradient of the loss, summed over all tokens of `data`, to the adapter's."""
-        call = calls.forward_backward(self.id, data, loss, config, backward=True)
+        call = calls.forward_backward(self.id, data, loss, config)
         return await self._ask(call, wire.ForwardBackwardResult)
 
     async def forward(
@@ -42,9 +42,10 @@ class AsyncAdapter:
         data: Sequence[wire.DatumBody],
         loss: str = "cross_entropy",
         config: Mapping[str, float] | None = None,
+        **outputs: Unpack[Outputs],
     ) -> AsyncFuture[wire.ForwardBackwardResult]:
-        """Loss and logprobs, no gradient."""
-        call = calls.forward_backward(self.id, data, loss, config, backward=False)
+        """Loss and logprobs, no gradient; and what `outputs` asks for, as in Adapter.forward."""
+        call = calls.forward(self.id, data, loss, config, outputs)
         return await self._ask(call, wire.ForwardBackwardResult)
 
     async def optim_step(self, **settings: Unpack[Adam]) -> AsyncFuture[wire.OptimStepResult]:

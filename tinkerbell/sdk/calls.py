@@ -12,9 +12,9 @@ import msgspec
 
 from tinkerbell import wire
 from tinkerbell.errors import InvalidRequest, ServerError
-from tinkerbell.sdk.settings import Adam, Sampling
+from tinkerbell.sdk.settings import Adam, Outputs, Sampling
 from tinkerbell.sdk.sse import Message
-from tinkerbell.types import AdamParams, LoraConfig, LossSpec, ModelInfo, SamplingParams
+from tinkerbell.types import AdamParams, LoraConfig, LossSpec, ModelInfo, OutputSpec, SamplingParams
 
 T = TypeVar("T")
 
@@ -89,17 +89,36 @@ def forward_backward(
     data: Sequence[wire.DatumBody],
     loss: str,
     config: Mapping[str, float] | None,
-    *,
-    backward: bool,
 ) -> Call[wire.Future]:
-    """POST /v1/adapters/{id}/fwdbwd, or /forward"""
+    """POST /v1/adapters/{id}/fwdbwd"""
+    body = wire.ForwardBackward(data=_finite(data), loss=LossSpec(name=loss, config=dict(config or {})))
+    return _post(f"{_adapter(adapter)}/fwdbwd", body)
+
+
+def forward(
+    adapter: str,
+    data: Sequence[wire.DatumBody],
+    loss: str,
+    config: Mapping[str, float] | None,
+    outputs: Outputs,
+) -> Call[wire.Future]:
+    """POST /v1/adapters/{id}/forward; `outputs` are fields of OutputSpec"""
+    body = wire.Forward(
+        data=_finite(data),
+        loss=LossSpec(name=loss, config=dict(config or {})),
+        outputs=_checked(OutputSpec, outputs) if outputs else None,
+    )
+    return _post(f"{_adapter(adapter)}/forward", body)
+
+
+def _finite(data: Sequence[wire.DatumBody]) -> list[wire.DatumBody]:
+    """The data. Raises InvalidRequest naming a number that JSON cannot carry."""
     for place, datum in enumerate(data):
         for name, values in datum.loss_inputs.items():
             # JSON has no NaN; it would travel as null and come back as a puzzling message about types.
             if not all(map(math.isfinite, values)):
                 raise InvalidRequest(f"datum {place}: loss_inputs[{name!r}] holds a number that is not finite")
-    body = wire.ForwardBackward(data=list(data), loss=LossSpec(name=loss, config=dict(config or {})))
-    return _post(f"{_adapter(adapter)}/{'fwdbwd' if backward else 'forward'}", body)
+    return list(data)
 
 
 def optim_step(adapter: str, settings: Adam) -> Call[wire.Future]:
@@ -235,7 +254,7 @@ def _words(words: Sequence[str] | str | None) -> list[str] | None:
     return [words] if isinstance(words, str) else None if words is None else list(words)
 
 
-S = TypeVar("S", LoraConfig, AdamParams, SamplingParams)
+S = TypeVar("S", LoraConfig, AdamParams, SamplingParams, OutputSpec)
 
 
 def _checked(struct: type[S], settings: Mapping[str, object]) -> S:

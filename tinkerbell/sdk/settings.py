@@ -1,5 +1,5 @@
-"""Keyword arguments of optim_step and sample; meanings and bounds are those of `types.AdamParams` and
-`types.SamplingParams`, and what is left out takes their defaults."""
+"""Keyword arguments of optim_step, sample and forward; meanings and bounds are those of `types.AdamParams`,
+`types.SamplingParams` and `types.OutputSpec`, and what is left out takes their defaults."""
 
 from collections.abc import Sequence
 from typing import TypedDict
@@ -14,6 +14,15 @@ class Adam(TypedDict, total=False):
     eps: float
     weight_decay: float
     grad_clip_norm: float
+
+
+class Outputs(TypedDict, total=False):
+    """What a forward answers besides the logprobs of the targets."""
+
+    entropy: bool
+    logsumexp: bool
+    top_k: int
+    logits: bool
 
 
 class Sampling(TypedDict, total=False):

@@ -21,9 +21,9 @@ _PROBLEMS = problems(404, 409, 413, 415, 429, 503)
     responses=_PROBLEMS,
 )
 async def forward(
-    adapter_id: FromPath[str], data: JSONBody[wire.ForwardBackward], submitter: NamedDependency[Submitter]
+    adapter_id: FromPath[str], data: JSONBody[wire.Forward], submitter: NamedDependency[Submitter]
 ) -> wire.Future:
-    """The result has the loss summed over tokens and the logprob of every target."""
+    """The result has the loss summed over tokens, the logprob of every target, and what `outputs` asks for."""
     return await submitter.forward(adapter_id, data)
 
 

@@ -12,7 +12,7 @@ arXiv 1805.02867), so that what is at work fits into the cache.
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -65,10 +65,12 @@ def runs(runtime: Runtime, plan: Pass) -> list[Run]:
     return found
 
 
-def target_logprobs(runtime: Runtime, hidden: Tensor, targets: Tensor, plan: Pass) -> Tensor:
+def target_logprobs(
+    runtime: Runtime, hidden: Tensor, targets: Tensor, plan: Pass, observer: "Observer | None" = None
+) -> Tensor:
     """[T] nats, fp32 (fp64 for an fp64 model): logprob of targets [T] int64 given hidden [T, D] of a pass.
 
-    `plan` is the pass that gave `hidden`.
+    `plan` is the pass that gave `hidden`; `observer` sees every block of logits on its way.
     """
     head = runtime.head
     found = runs(runtime, plan)
@@ -77,7 +79,7 @@ def target_logprobs(runtime: Runtime, hidden: Tensor, targets: Tensor, plan: Pas
     for run, x, y in zip(found, torch.split(hidden, sizes), torch.split(targets, sizes), strict=True):
         function = _TargetLogprob if run.lora is None else _LoraTargetLogprob
         apply: Callable[..., Tensor] = function.apply
-        parts.append(apply(x, runtime.anchor, head, y, run))
+        parts.append(apply(x, runtime.anchor, head, y, run, observer))
     return torch.cat(parts)
 
 
@@ -143,20 +145,59 @@ class Softmax:
         inside = (column >= 0) & (column < stop - start)
         return inside, column.clamp_(0, stop - start - 1)[:, None]
 
-    def logsumexp(self) -> Tensor:
-        """[C] after all blocks."""
-        return (self.top + self.total.log())[: self.height]
+    def log_total(self) -> Tensor:
+        """[C] log of the sum of exp(z - top)."""
+        return self.total.log()[: self.height]
 
     def logprobs(self) -> Tensor:
         """[C] of the targets, after all blocks."""
         return (self.target - self.top).sub_(self.total.log())[: self.height]
 
 
+class Sweep(Protocol):
+    """Looks at the blocks of one chunk."""
+
+    def take(self, softmax: Softmax, first: int, end: int, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Do what softmax.take does, and return it."""
+        ...
+
+    def finish(self, softmax: Softmax) -> None:
+        """All blocks were taken."""
+        ...
+
+
+Observer = Callable[[int, int], Sweep]
+"""(first row of a pass, one past the last) -> what looks at the logits of this chunk."""
+
+
+class _Unobserved:
+    """The Sweep of a chunk that nobody looks at."""
+
+    def take(self, softmax: Softmax, first: int, end: int, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return softmax.take(first, end, z)
+
+    def finish(self, softmax: Softmax) -> None:
+        pass
+
+
+def _sweep(observer: Observer | None, run: Run, start: int, stop: int) -> Sweep:
+    """Of rows [start, stop) of a run."""
+    return _Unobserved() if observer is None else observer(run.start + start, run.start + stop)
+
+
 class _TargetLogprob(torch.autograd.Function):
     """x [N, D], targets [N] -> [N]; backward is a row scaling."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, head: MultiLoraLinear, targets: Tensor, run: Run) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor,
+        head: MultiLoraLinear,
+        targets: Tensor,
+        run: Run,
+        observer: Observer | None,
+    ) -> Tensor:
         logprobs: list[Tensor] = []
         jacobian = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
         for start, stop, height in run.chunks():
@@ -164,11 +205,13 @@ class _TargetLogprob(torch.autograd.Function):
             part = chunk_rows(x, start, stop, height)
             mean: Tensor | None = None
             softmax = Softmax(y, height, wide(x.dtype))
+            sweep = _sweep(observer, run, start, stop)
             for first, end, z in logit_blocks(part, head, None):
-                p, old, new = softmax.take(first, end, z)
+                p, old, new = sweep.take(softmax, first, end, z)
                 if jacobian is not None:
                     term = torch.mm(p.to(x.dtype), head.weight[first:end]).to(p.dtype).mul_(new)
                     mean = term if mean is None else mean.mul_(old).add_(term)
+            sweep.finish(softmax)
             logprobs.append(softmax.logprobs()[: stop - start])
             if jacobian is not None and mean is not None:
                 mean = mean.div_(softmax.total[:height, None])[: stop - start]
@@ -180,19 +223,29 @@ class _TargetLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (jacobian,) = ctx.saved_tensors
-        return jacobian * grad_outputs[0].unsqueeze(1).to(jacobian.dtype), None, None, None, None
+        return jacobian * grad_outputs[0].unsqueeze(1).to(jacobian.dtype), None, None, None, None, None
 
 
 class _LoraTargetLogprob(torch.autograd.Function):
     """The same with z = W x + b + scale B A x; backward also yields the gradients of A and B."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, head: MultiLoraLinear, targets: Tensor, run: Run) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor,
+        head: MultiLoraLinear,
+        targets: Tensor,
+        run: Run,
+        observer: Observer | None,
+    ) -> Tensor:
         found: list[Softmax] = []
         for start, stop, height in run.chunks():
             found.append(Softmax(targets[start:stop], height, wide(x.dtype)))
+            sweep = _sweep(observer, run, start, stop)
             for block in logit_blocks(rows(x, start, stop), head, run.lora):
-                found[-1].take(*block)
+                sweep.take(found[-1], *block)
+            sweep.finish(found[-1])
         ctx.head, ctx.run, ctx.found = head, run, found
         ctx.save_for_backward(x)
         return torch.cat([softmax.logprobs() for softmax in found])
@@ -222,7 +275,7 @@ class _LoraTargetLogprob(torch.autograd.Function):
             into.addmm_(gh, pair.A.to(x.dtype), alpha=scale)
             if into.data_ptr() != gx[start:stop].data_ptr():
                 gx[start:stop] = into
-        return gx, None, None, None, None
+        return gx, None, None, None, None, None
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

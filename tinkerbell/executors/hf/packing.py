@@ -64,6 +64,8 @@ def micro_batch(unit: ForwardBackward, adapter: Adapter, info: ModelInfo, device
     loss = resolve(unit.loss)
     if not unit.data:
         raise InvalidRequest("there is no datum in this request")
+    if unit.outputs is not None and unit.outputs.top_k > info.vocab_size:
+        raise InvalidRequest(f"top_k of {unit.outputs.top_k}; this model has {info.vocab_size} tokens")
     for index, datum in enumerate(unit.data):
         _check(index, datum, loss, info)
     names = sorted(set(unit.data[0].loss_inputs))

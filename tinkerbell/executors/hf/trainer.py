@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from tinkerbell.errors import NotFound, UserError
 from tinkerbell.executors.hf.adapter import Adapter, Buffer
 from tinkerbell.executors.hf.failures import NonFinite, failed, out_of_memory
-from tinkerbell.executors.hf.head import target_logprobs
+from tinkerbell.executors.hf.head import target_logprobs, wide
+from tinkerbell.executors.hf.head_outputs import Rows, Sweep
 from tinkerbell.executors.hf.memory import activation_bytes_per_token
 from tinkerbell.executors.hf.packing import PACK_TOKENS, MicroBatch, Products, column, micro_batch, packs, plan
 from tinkerbell.executors.hf.runtime import Runtime
@@ -157,7 +159,9 @@ class Trainer:
                 rows,
             )
             targets = column([batch.targets for batch in pack], num_rows)
-            logprobs = target_logprobs(self._runtime, hidden, targets, rows)[: sum(sizes)]
+            wanted = self._outputs(pack, hidden)
+            observer = partial(Sweep, [found for found in wanted if found is not None]) if any(wanted) else None
+            logprobs = target_logprobs(self._runtime, hidden, targets, rows, observer)[: sum(sizes)]
         parts = torch.split(logprobs.detach(), sizes)
         values = [_evaluate(batch, part) for batch, part in zip(pack, parts, strict=True)]
         if backward and any(isinstance(value, LossValue) for value in values):
@@ -166,7 +170,20 @@ class Trainer:
                 for value, part in zip(values, parts, strict=True)
             ]
             torch.autograd.backward(logprobs, torch.cat(upstream))
-        return [_answer(batch, value, part) for batch, value, part in zip(pack, values, parts, strict=True)]
+        found = zip(pack, values, parts, wanted, strict=True)
+        return [_answer(batch, value, part, outputs) for batch, value, part, outputs in found]
+
+    def _outputs(self, pack: list[MicroBatch], hidden: Tensor) -> list[Rows | None]:
+        """Room for the outputs of each micro-batch that wants any."""
+        like = hidden.new_empty(0, dtype=wide(hidden.dtype))
+        found: list[Rows | None] = []
+        start = 0
+        for batch in pack:
+            stop = start + batch.num_tokens
+            spec = batch.unit.outputs
+            found.append(None if spec is None else Rows(start, stop, spec, self._info.vocab_size, like))
+            start = stop
+        return found
 
     def _settle(self, entry: _Entry) -> None:
         """Let the unit take effect, in request order: chunks add to their request, its last one to the adapter."""
@@ -227,14 +244,17 @@ def _evaluate(batch: MicroBatch, logprobs: Tensor) -> LossValue | UnitFailed:
     return value
 
 
-def _answer(batch: MicroBatch, value: LossValue | UnitFailed, logprobs: Tensor) -> Answer:
+def _answer(batch: MicroBatch, value: LossValue | UnitFailed, logprobs: Tensor, outputs: Rows | None) -> Answer:
     if isinstance(value, UnitFailed):
         return value
     if batch.gradient is not None and not _finite(batch.gradient.flat):
         return failed(batch.unit.request, NonFinite("the gradient of this request is not finite"))
+    if outputs is not None and not outputs.finite():
+        return failed(batch.unit.request, NonFinite("the outputs of this request are not finite"))
     return ForwardBackwardDone(
         request=batch.unit.request,
         loss=value.loss,
         metrics=value.metrics,
         logprobs=[part.numpy().tobytes() for part in torch.split(logprobs.float().cpu(), batch.lengths)],
+        outputs=None if outputs is None else outputs.split(batch.lengths),
     )
