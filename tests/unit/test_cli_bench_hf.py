@@ -283,6 +283,21 @@ def test_sample(model: Path, tmp_path: Path) -> None:
     assert len(rows) == 4 and {row["same_tokens"] for row in rows} == {1.0}
 
 
+def test_recovery(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "recovery.json"
+    args = ["--model", str(model), "--tenants", "2", "--length", "tiny", "--repeats", "1", "--every-steps", "10"]
+    ran("recovery", *args, "--json", str(out))
+    report = json.loads(out.read_text())
+    rows = {row["part"]: row for row in report["rows"]}
+    assert list(rows) == ["steps without either", "digests", "checkpoints"]
+    assert all(row["cpu_ms_per_step"] > 0 for row in rows.values())
+    assert rows["digests"]["share_of_step"] == pytest.approx(
+        rows["digests"]["cpu_ms_per_step"] / rows["steps without either"]["cpu_ms_per_step"]
+    )
+    (held,) = next(iter(report["tables"].values()))
+    assert held["snapshot wall ms"] > 0
+
+
 def test_server(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "server.json"
     ran(

@@ -32,8 +32,8 @@ class Steps(msgspec.Struct, frozen=True, kw_only=True):
 
 def measure(load: Sequence[Tenant], shapes: dict[str, LinearShape], repeats: int) -> Steps:
     """Adapters of the tenants in `load` on a model with linear layers of `shapes`, on the CPU."""
-    adapters = [_adapter(tenant, shapes, seed) for seed, tenant in enumerate(load)]
-    gradients = [_gradient(adapter, seed) for seed, adapter in enumerate(adapters)]
+    adapters = [adapter_of(tenant, shapes, seed) for seed, tenant in enumerate(load)]
+    gradients = [gradient_of(adapter, seed) for seed, adapter in enumerate(adapters)]
     settings = [AdamParams(learning_rate=1e-4 * (1 + number % 2)) for number in range(len(adapters))]
     cycle = list(zip(adapters, settings, strict=True))
     theirs = {
@@ -81,7 +81,7 @@ def _same_bits(
 ) -> bool:
     digests = []
     for together in (True, False):
-        adapters = [_adapter(tenant, shapes, seed) for seed, tenant in enumerate(load)]
+        adapters = [adapter_of(tenant, shapes, seed) for seed, tenant in enumerate(load)]
         cycle = list(zip(adapters, settings, strict=True))
         for _ in range(CHECKED_STEPS):
             _give(adapters, gradients)
@@ -91,13 +91,15 @@ def _same_bits(
     return digests[0] == digests[1]
 
 
-def _adapter(tenant: Tenant, shapes: dict[str, LinearShape], seed: int) -> Adapter:
+def adapter_of(tenant: Tenant, shapes: dict[str, LinearShape], seed: int) -> Adapter:
+    """Like a tenant's, fresh, on the CPU."""
     adapter = Adapter(tenant.lora, target_shapes(tenant.lora, shapes), torch.float32, torch.device("cpu"))
     adapter.initialise(seed)
     return adapter
 
 
-def _gradient(adapter: Adapter, seed: int) -> Buffer:
+def gradient_of(adapter: Adapter, seed: int) -> Buffer:
+    """Noise of the adapter's layout."""
     gradient = adapter.new_buffer()
     gradient.flat.normal_(generator=torch.Generator().manual_seed(seed))
     return gradient

@@ -11,6 +11,7 @@ BENCHMARKS = {
     "train": "tinkerbell.cli.bench.train:train",
     "sample": "tinkerbell.cli.bench.sample:sample",
     "server": "tinkerbell.cli.bench.server:server",
+    "recovery": "tinkerbell.cli.bench.recovery:recovery",
 }
 """Name -> where its click command is."""
 
@@ -26,4 +27,5 @@ def bench() -> None:
     tinkerbell bench train --plot train.png
     tinkerbell bench sample
     tinkerbell bench server
+    tinkerbell bench recovery
     """
