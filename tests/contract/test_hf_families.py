@@ -20,6 +20,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": 40}),
     "gemma": ("Gemma", {"head_dim": 16, "pad_token_id": 0}),
     "phi3": ("Phi3", {"pad_token_id": 0}),
+    "phi3-partial-rotary": ("Phi3", {"pad_token_id": 0, "partial_rotary_factor": 0.5}),
     "olmo2": ("Olmo2", {}),
 }
 

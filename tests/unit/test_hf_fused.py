@@ -1,4 +1,4 @@
-"""RMSNorm and rotary embedding of our own: transformers' bits forward, the true gradient backward."""
+"""RMSNorm, SwiGLU and rotary embedding of our own: transformers' bits forward, the true gradient backward."""
 
 from collections.abc import Callable
 from typing import Any

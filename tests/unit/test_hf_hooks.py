@@ -21,6 +21,8 @@ from tinkerbell.executors.hf import model as hf_model
         ("Mistral", {"sliding_window": 20}),
         ("Gemma", {"head_dim": 16, "pad_token_id": 0}),
         ("Phi3", {"pad_token_id": 0}),
+        ("Phi3", {"pad_token_id": 0, "partial_rotary_factor": 0.5}),
+        ("Granite", {"residual_multiplier": 0.5, "embedding_multiplier": 2.0}),
         ("Olmo2", {}),
     ],
 )
@@ -37,7 +39,8 @@ def test_families_that_fit(family: str, more: dict[str, Any]) -> None:
     [
         ("Mixtral", {"num_local_experts": 2}, r"module `model\.layers\.0\.mlp"),
         ("GPT2", {"n_embd": 32, "n_head": 4, "n_layer": 1}, r"`transformer\.h\.0\.attn\.c_attn` is a Conv1D"),
-        ("Cohere", {"pad_token_id": 0, "logit_scale": 0.5}, "differs from transformers' by"),
+        ("Cohere", {"pad_token_id": 0, "logit_scale": 0.5}, "`logit_scale` = 0.5"),
+        ("Granite", {"logits_scaling": 8.0}, "`logits_scaling` = 8.0"),
         ("Gemma2", {"head_dim": 8, "pad_token_id": 0, "query_pre_attn_scalar": 8}, "softcap"),
     ],
 )

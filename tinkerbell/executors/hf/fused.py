@@ -7,6 +7,7 @@ Bits are the same forward; gradients differ from autograd's by rounding.
 Shapes: T rows of a pass, D hidden size, F intermediate size, H heads, S head size.
 """
 
+import inspect
 from collections.abc import Callable
 from itertools import pairwise
 from types import FunctionType, MethodType
@@ -153,21 +154,31 @@ def _fuse_rotary(module: nn.Module) -> None:
     weight = next(module.parameters(), None)
     if own is None or weight is None or weight.dtype != torch.float32:
         return
+    if list(inspect.signature(own).parameters) != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
+        return
     queries, keys = (_random(1, 3, heads, 8, like=weight).transpose(1, 2) for heads in (4, 2))
     cos, sin = _random(1, 3, 8, like=weight), _random(1, 3, 8, like=weight)
-    if not all(map(torch.equal, own(queries, keys, cos, sin), _rotate(queries, keys, cos, sin))):
+    rotate = _rotate(own)
+    if not all(map(torch.equal, own(queries, keys, cos, sin), rotate(queries, keys, cos, sin))):
         return
     ours = FunctionType(
-        forward.__code__, {**forward.__globals__, ROTARY: _rotate}, forward.__name__, forward.__defaults__,
+        forward.__code__, {**forward.__globals__, ROTARY: rotate}, forward.__name__, forward.__defaults__,
         forward.__closure__,
     )  # fmt: skip
     ours.__kwdefaults__ = forward.__kwdefaults__
     module.forward = MethodType(ours, module)
 
 
-def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def _rotate(own: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     apply: Callable[..., Tensor] = RotaryFn.apply
-    return apply(q, cos, sin), apply(k, cos, sin)
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        if unsqueeze_dim != 1 or not q.shape[-1] == k.shape[-1] == cos.shape[-1]:
+            # Such as rotation of a part of each head.
+            return own(q, k, cos, sin, unsqueeze_dim)
+        return apply(q, cos, sin), apply(k, cos, sin)
+
+    return rotate
 
 
 def _random(*shape: int, like: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class Run(NamedTuple):
     start: int
     stop: int
     heights: Heights | None
-    """Of products over rows of several micro-batches; None where it is one micro-batch."""
+    """Of products over rows of several micro-batches; None where it is one micro-batch or bits do not matter."""
     lora: RowRange | None
     """The LoRA on the head of these rows."""
 
@@ -54,14 +54,13 @@ class Run(NamedTuple):
 def runs(runtime: Runtime, plan: Pass) -> list[Run]:
     """Cover the rows of a pass, in order. A LoRA on the head makes its micro-batch a run of its own."""
     by_start = {r.start: r for r in plan.on(runtime.head.name)}
-    heights = None if plan.micro_batches is None else runtime.heights
     found: list[Run] = []
     for start, stop in pairwise(plan.apart):
         lora = by_start.get(start)
         assert lora is None or lora.stop == stop, "a LoRA on the head covers its whole micro-batch"
-        if heights is not None and lora is None and found and found[-1].lora is None:
+        if plan.micro_batches is not None and lora is None and found and found[-1].lora is None:
             start = found.pop().start
-        found.append(Run(start, stop, heights if lora is None else None, lora))
+        found.append(Run(start, stop, plan.heights if lora is None else None, lora))
     return found
 
 

@@ -29,6 +29,7 @@ def install(model: Any) -> Runtime:
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     if decoder is None or decoder is model or type(head) is not nn.Linear:
         raise InvalidRequest(f"{type(model).__name__}: no plain linear unembedding on top of a decoder")
+    _refuse_scaled_logits(model)
     probe = torch.arange(1, 25, device=head.weight.device) % head.weight.shape[0]
     expected = _reference_logprobs(model, probe)
 
@@ -54,12 +55,21 @@ def install(model: Any) -> Runtime:
         if isinstance(module, MultiLoraLinear)
     }
     weights = [m.weight.detach() for m in model.modules() if isinstance(m, MultiLoraLinear) and m is not hooked_head]
-    kinds = {(weight.shape, weight.stride()): weight for weight in weights}
+    kinds = {(weight.shape, weight.stride(), weight.data_ptr() % 64): weight for weight in weights}
     runtime.heights = Heights(list(kinds.values()), hooked_head.weight.detach())
     fuse(decoder, runtime)
     make_recomputable(decoder, runtime)
     _self_check(runtime, type(model).__name__, probe, expected)
     return runtime
+
+
+def _refuse_scaled_logits(model: Any) -> None:
+    """The head's products are taken as they are; that a model scales or caps them may not show on a short probe."""
+    config = model.config.get_text_config()
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        value = getattr(config, name, None)
+        if value not in (None, 1, 1.0):
+            raise InvalidRequest(f"{type(model).__name__}: `{name}` = {value} of its logits is not supported")
 
 
 def _hook(name: str, module: nn.Module, runtime: Runtime) -> nn.Module:
@@ -133,7 +143,11 @@ def _self_check(runtime: Runtime, architecture: str, tokens: Tensor, expected: T
     """Compare the packed pass with transformers: catches scaled or capped logits, other masks, other positions."""
     positions = torch.arange(12, device=tokens.device).repeat(2)
     plan = Pass(bounds=(0, 12, 24), attention=attention.PackedCausal([12, 12]))
-    logits = runtime.logits(runtime.hidden(tokens, positions, plan), plan)
+    try:
+        logits = runtime.logits(runtime.hidden(tokens, positions, plan), plan)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, AssertionError) as exc:
+        # Whatever a module of an unknown architecture makes of rows of several sequences.
+        raise InvalidRequest(f"{architecture}: the packed forward pass fails ({exc}); it is not supported") from exc
     found = torch.log_softmax(logits.double(), -1).view_as(expected)
     tolerance = SELF_CHECK_TOLERANCE if runtime.dtype in (torch.float32, torch.float64) else 0.5
     difference = (found - expected).abs().max().item()

@@ -175,7 +175,7 @@ def arrange(
     if num_rows > apart[-1]:
         attention.fill(num_rows - apart[-1])
         apart = (*apart, num_rows)
-    return Pass(heights.cuts(num_rows), tuple(ranges), attention, apart)
+    return Pass(heights.cuts(num_rows), tuple(ranges), attention, apart, heights)
 
 
 def column(parts: Sequence[Tensor], num_rows: int) -> Tensor:

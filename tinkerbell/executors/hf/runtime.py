@@ -64,6 +64,8 @@ class Pass:
     attention: AttentionBackend = field(default_factory=lambda: PackedCausal(()))
     micro_batches: tuple[int, ...] | None = None
     """Bounds of the micro-batches where they are not `bounds`, because products run over rows of several."""
+    heights: Heights | None = None
+    """Of products over rows of several micro-batches that leave them their bits; None: they are not shared so."""
     few_rows: bool = False
     """Reading the weights takes longer than multiplying them; there is no backward."""
     recompute: bool = False

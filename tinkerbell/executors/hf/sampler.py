@@ -271,7 +271,7 @@ class Sampler:
         ranges = () if job.adapter is None else (RowRange(0, count, job.adapter),)
         targets = torch.tensor(job.prompt[1:], device=hidden.device)
         shared = self._runtime.products() == "shared"
-        plan = Pass((0, count), ranges, micro_batches=(0, count) if shared else None)
+        plan = Pass((0, count), ranges, heights=self._runtime.heights if shared else None)
         logprobs = target_logprobs(self._runtime, hidden, targets, plan)
         if not bool(torch.isfinite(logprobs).all()):
             job.failure = failed(job.unit.request, NonFinite("the prompt's logprobs are not finite"))
