@@ -66,6 +66,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Recovery points: at most this many optimizer steps are executed again after a crash."""
     durability: Literal["full", "relaxed"] = "full"
     """relaxed: the last commits may be lost with the machine's power, never with a process; shown in /healthz."""
+    seal_every_hours: Annotated[float, Meta(gt=0)] | None = 24.0
+    """How often the scheduler's leader seals the log; None: only `tinkerbell audit seal` does."""
     lease_ttl_s: Annotated[float, Meta(gt=0, le=3600)] = 10.0
     limits: Limits = Limits()
 

@@ -311,6 +311,7 @@ def examples() -> dict[str, tuple[AnyEvent, Body | None]]:
             kinds.TenantConfigured(weight=2.5, max_pending_requests=10, max_pending_tokens=2000, max_adapters=3),
             None,
         ),
+        (kinds.LogSealed(position=41, root="78" * 32, num_streams=3), None),
     ]
     return {kinds.type_of(event): (event, body) for event, body in events}
 

@@ -196,6 +196,22 @@ def test_audit_events(cli: Cli, settings: Settings) -> None:
     assert cli("audit", "events", "ad_b")[0] == 1
 
 
+def test_audit_seal(cli: Cli, settings: Settings) -> None:
+    cli("db", "upgrade")
+    status, _, err = cli("audit", "seal")
+    assert status == 1 and "empty" in err
+    answer_a_sample(settings)
+    status, out, _ = cli("audit", "seal")
+    root, _, position = out.strip().partition("@")
+    assert status == 0 and len(root) == 64 and cli("audit", "seal")[1] == out, "nothing has happened in between"
+    assert json.loads(cli("audit", "seal", "--json")[1])["position"] == int(position)
+    assert cli("audit", "verify", "--seal", out.strip())[0] == 0
+    assert cli("audit", "verify", "--seal", root.upper())[0] == 0
+    status, _, err = cli("audit", "verify", "--seal", f"{root[::-1]}@{position}")
+    assert status == 1 and "I15" in err
+    assert cli("audit", "verify", "--seal", "nonsense")[0] == 2
+
+
 def test_audit_verify_names_what_is_wrong(cli: Cli, settings: Settings) -> None:
     cli("db", "upgrade")
     answer_a_sample(settings)

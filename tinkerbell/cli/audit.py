@@ -1,6 +1,8 @@
-"""`tinkerbell audit`: verify the log, and read what happened to one adapter."""
+"""`tinkerbell audit`: verify and seal the log, and read what happened to one adapter."""
 
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -8,37 +10,93 @@ import msgspec
 from tinkerbell.cli.options import MAX_INTEGER, json_option, log_options, open_store, print_json, print_table, when
 from tinkerbell.errors import Corrupt, NotFound
 
+if TYPE_CHECKING:
+    from tinkerbell.events.check_seals import KeptSeal
+
 PAGE = 1000
 SUMMARY_CHARS = 100
 
 
+class Seal(click.ParamType["KeptSeal"]):
+    """A root, and what it covers."""
+
+    name = "ROOT[@POSITION]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> "KeptSeal":
+        from tinkerbell.events.check_seals import KeptSeal
+
+        found = re.fullmatch(r"([0-9a-fA-F]{64})(?:@([0-9]{1,18}))?", value)
+        if found is None:
+            self.fail(f"{value!r} is no root as `tinkerbell audit seal` prints it: 64 hex digits, @ and a position")
+        return KeptSeal(found[1].lower(), int(found[2]) if found[2] else None)
+
+
 @click.group()
 def audit() -> None:
-    """Verify the log and read it.
+    """Verify the log, seal it and read it.
 
     \b
     tinkerbell audit verify
+    tinkerbell audit seal
     tinkerbell audit events ad_5h3k
     """
 
 
 @audit.command()
+@click.option("--seal", "kept", type=Seal(), help="A seal that was kept elsewhere: the log must still have this root.")
 @log_options
 @json_option
-def verify(config: Path | None, data_dir: str | None, database_url: str | None, as_json: bool) -> None:
-    """Check every event, hash chain, blob and projection. Exit status 1 names the first thing that is wrong.
+def verify(
+    kept: "KeptSeal | None", config: Path | None, data_dir: str | None, database_url: str | None, as_json: bool
+) -> None:
+    """Check every event, hash chain, seal, blob and projection. Exit status 1 names the first thing that is wrong.
+
+    Whoever can write the database could write a whole stream anew, with its hashes and the seals in the log. A seal
+    that was printed or sent elsewhere before shows it: give it with --seal.
 
     \b
     tinkerbell audit verify --json
+    tinkerbell audit verify --seal "$(cat monday.seal)"
     """
-    verify_log(config, data_dir, database_url, as_json)
+    verify_log(config, data_dir, database_url, as_json, kept)
 
 
-def verify_log(config: Path | None, data_dir: str | None, database_url: str | None, as_json: bool) -> None:
+@audit.command()
+@log_options
+@json_option
+def seal(config: Path | None, data_dir: str | None, database_url: str | None, as_json: bool) -> None:
+    """Seal the log and print ROOT@POSITION, to be kept where nobody who can write the database can.
+
+    The server does so once a day (`seal_every_hours`) and writes the root to its own log. When nothing has happened
+    since the last seal that one is printed again.
+
+    \b
+    tinkerbell audit seal > monday.seal
+    """
+    store = open_store(config, data_dir, database_url)
+    try:
+        sealed = store.seal(actor="tinkerbell audit seal") or store.newest_seal()
+    finally:
+        store.close()
+    if sealed is None:
+        raise NotFound("The log is empty: there is nothing to seal.")
+    if as_json:
+        print_json({"root": sealed.root, "position": sealed.position, "num_streams": sealed.num_streams})
+    else:
+        click.echo(f"{sealed.root}@{sealed.position}")
+
+
+def verify_log(
+    config: Path | None,
+    data_dir: str | None,
+    database_url: str | None,
+    as_json: bool,
+    kept: "KeptSeal | None" = None,
+) -> None:
     """Run the store's own check and print its counts; a broken log is exit status 1."""
     store = open_store(config, data_dir, database_url)
     try:
-        report = store.check()
+        report = store.check(seal=kept)
     except Corrupt as exc:
         if as_json:
             print_json({"ok": False, "problem": exc.detail})

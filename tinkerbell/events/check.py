@@ -11,6 +11,7 @@ I9  an idempotency key stands for one request, and its hash is kept
 I10 what was fenced carries the epoch that held then; epochs of a lease are 1, 2, 3, ...
 I13 what a refused submit would have left behind: rows of no event (blobs' names, projections)
 I14 every body and blob is there and has the bytes that were written
+I15 every seal is the root over the heads as they were then, and so is the one that was kept elsewhere
 """
 
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from tinkerbell.events.blobs import BlobStore
 from tinkerbell.events.chain import GENESIS, link
 from tinkerbell.events.check_contents import Contents
 from tinkerbell.events.check_requests import Requests
+from tinkerbell.events.check_seals import KeptSeal, Seals
 from tinkerbell.events.codec import decode_event
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.reading import blobs_of
@@ -44,11 +46,12 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
     num_results: int
     num_pending: int
     num_adapters: int
+    num_seals: int
     num_blobs: int
     blob_bytes: int
     cost_us: int
     """Charged in all."""
-    invariants: tuple[str, ...] = ("I1", "I2", "I3", "I4", "I5", "I6", "I7", "I9", "I10", "I11", "I13", "I14")
+    invariants: tuple[str, ...] = ("I1", "I2", "I3", "I4", "I5", "I6", "I7", "I9", "I10", "I11", "I13", "I14", "I15")
 
 
 def refuse(invariant: str, position: int | None, why: str) -> NoReturn:
@@ -57,10 +60,10 @@ def refuse(invariant: str, position: int | None, why: str) -> NoReturn:
     raise Corrupt(f"{invariant}{where}: {why}", invariant=invariant, position=position)
 
 
-def check(connection: sa.Connection, blobs: BlobStore) -> CheckReport:
+def check(connection: sa.Connection, blobs: BlobStore, kept: KeptSeal | None = None) -> CheckReport:
     """Verify everything that this connection sees. Memory: the projections and one page of events."""
     heads: dict[str, tuple[int, bytes]] = {}
-    requests, contents = Requests(), Contents(blobs)
+    requests, contents, seals = Requests(), Contents(blobs), Seals(connection, kept)
     folded: projections.Tables = {}
     position = 0
     for row, named in _rows(connection):
@@ -68,6 +71,7 @@ def check(connection: sa.Connection, blobs: BlobStore) -> CheckReport:
         if row["position"] != position:
             refuse("I1", position, f"the next event has position {row['position']}")
         _check_chain(heads, row, named)
+        seals.see(position, heads)
         contents.see(row, named)
         recorded = record(row, decode_event(row["type"], row["schema_version"], row["data"]), named)
         if kinds.type_of(recorded.event) != row["type"]:
@@ -81,6 +85,7 @@ def check(connection: sa.Connection, blobs: BlobStore) -> CheckReport:
     _check_heads(connection, heads)
     requests.end()
     contents.end(connection)
+    seals.end()
     _check_projections(connection, folded)
     _check_usage(connection, requests.cost_us)
     return CheckReport(
@@ -90,6 +95,7 @@ def check(connection: sa.Connection, blobs: BlobStore) -> CheckReport:
         num_results=requests.num_results,
         num_pending=requests.num_requests - requests.num_results,
         num_adapters=len(folded.get("adapters", {})),
+        num_seals=seals.num_seals,
         num_blobs=contents.num_blobs,
         blob_bytes=contents.num_bytes,
         cost_us=requests.cost_us,

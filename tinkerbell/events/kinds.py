@@ -330,6 +330,17 @@ class TenantConfigured(Event, frozen=True, kw_only=True, tag="tenant.configured"
     max_adapters: int | None = None
 
 
+class LogSealed(Event, frozen=True, kw_only=True, tag="log.sealed"):
+    """One hash over the heads of all streams (events/seals.py). Who keeps it elsewhere can tell later whether anything
+    before it was written anew."""
+
+    position: int
+    """It covers the events up to this one."""
+    root: str
+    """Merkle root (hex) over (stream, version, hash) of every stream's last event."""
+    num_streams: int
+
+
 AnyRequest = (
     AddLoraRequested
     | RemoveLoraRequested
@@ -373,6 +384,7 @@ AnyEvent = (
     | KeyCreated
     | KeyRevoked
     | TenantConfigured
+    | LogSealed
 )
 
 FAILED: dict[str, type[AnyFailed]] = {

@@ -136,6 +136,8 @@ def fold(recorded: Recorded, cause: Cause | None) -> list[Change]:
                 "max_adapters": event.max_adapters,
             }
             return [Put("tenants", (recorded.tenant,), values)]
+        case kinds.LogSealed():
+            return []
         case _:
             raise TypeError(f"no fold for {type(event).__name__}")
 

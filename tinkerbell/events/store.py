@@ -9,11 +9,12 @@ import sqlalchemy as sa
 
 from tinkerbell.config import Settings
 from tinkerbell.errors import Corrupt, SchemaOutdated, Unavailable
-from tinkerbell.events import check, codec, outcomes, reading, schema
+from tinkerbell.events import check, codec, outcomes, reading, schema, seals
 from tinkerbell.events.blobs import BlobStore
 from tinkerbell.events.check import CheckReport
+from tinkerbell.events.check_seals import KeptSeal
 from tinkerbell.events.engine import make_engine, snapshot
-from tinkerbell.events.kinds import Body, NewEvent, Recorded, type_of
+from tinkerbell.events.kinds import Body, LogSealed, NewEvent, Recorded, type_of
 from tinkerbell.events.leases import Claim, Lease, LeaseCall, Renewal
 from tinkerbell.events.outcomes import Waiter
 from tinkerbell.events.queries import Queries
@@ -21,6 +22,7 @@ from tinkerbell.events.rules import Original
 from tinkerbell.events.tables import log_head
 from tinkerbell.events.tail import Callback, Tail
 from tinkerbell.events.writer import GROUP_EVENTS, BlobRef, Entry, Item, Writer
+from tinkerbell.types import SYSTEM_TENANT
 
 
 class EventStore:
@@ -189,12 +191,33 @@ class EventStore:
         self._writer.put(Entry(future, lease_call=call))
         return future.result()
 
-    # ---- check -----------------------------------------------------------------------------------------------------
+    # ---- seals and the check -----------------------------------------------------------------------------------------
 
-    def check(self) -> CheckReport:
-        """Verify the whole log, its blobs and its projections in one snapshot.
+    def seal(self, *, actor: str | None = None, fence: tuple[str, int] | None = None) -> LogSealed | None:
+        """Seal the log as it is now; None, and nothing written, when nothing has happened since the last seal."""
+        with snapshot(self._read_engine) as connection:
+            sealed = seals.seal(connection)
+        if sealed is not None:
+            self.append(NewEvent(event=sealed, tenant=SYSTEM_TENANT, stream=seals.STREAM, actor=actor, fence=fence))
+        return sealed
+
+    def newest_seal(self) -> LogSealed | None:
+        """The last seal that was written."""
+        with self._read_engine.connect() as connection:
+            found = seals.newest(connection)
+        return found.event if found is not None and isinstance(found.event, LogSealed) else None
+
+    def last_sealed_us(self) -> int | None:
+        """When the log was last sealed, microseconds since 1970; where it never was, when it began; None: it is
+        empty."""
+        with self._read_engine.connect() as connection:
+            return seals.last_sealed_us(connection)
+
+    def check(self, *, seal: KeptSeal | None = None) -> CheckReport:
+        """Verify the whole log, its blobs, its projections and its seals in one snapshot; `seal`: compare with a root
+        that was kept elsewhere, too.
 
         Raises Corrupt naming the invariant and the position. Reads everything: minutes for a large log.
         """
         with snapshot(self._read_engine) as connection:
-            return check.check(connection, self._blobs)
+            return check.check(connection, self._blobs, seal)

@@ -29,6 +29,7 @@ from tinkerbell.scheduler.pending import BODY_KINDS, Pending, PendingRequest, Re
 from tinkerbell.scheduler.recovery import Recovery
 from tinkerbell.scheduler.residency import Residency
 from tinkerbell.scheduler.restorer import Restorer
+from tinkerbell.scheduler.sealing import Sealer
 from tinkerbell.scheduler.settlement import Answer, Settlement
 from tinkerbell.scheduler.startup import Backlog, read_backlog
 from tinkerbell.scheduler.units import planned, units_of
@@ -70,6 +71,8 @@ class Leader:
         self._checkpoints = Checkpoints(self._journal, self._residency, settings.checkpoint_every_steps)
         self._eviction = Eviction(self._residency, self._checkpoints, settings.max_resident_adapters)
         self._settlement = Settlement(cost, self._shares, self._residency)
+        every_h = settings.seal_every_hours
+        self._sealer = Sealer(store, lease, None if every_h is None else every_h * 3600)
         self._num_batches = 0
 
     async def run(self) -> None:
@@ -82,6 +85,7 @@ class Leader:
         backlog = await asyncio.to_thread(read_backlog, self._store)
         self._take_over(backlog)
         unsubscribe = self._store.subscribe(hand_over, after=backlog.head)
+        sealing = asyncio.create_task(self._sealer.run())
         try:
             self._record_environment()
             while not self._stopping.is_set():
@@ -91,6 +95,7 @@ class Leader:
                     await wait_for(self._wake, LOOK_S)
             await self._commits.settle()
         finally:
+            sealing.cancel()
             unsubscribe()
 
     def stop(self) -> None:
