@@ -66,6 +66,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Recovery points: at most this many optimizer steps are executed again after a crash."""
     durability: Literal["full", "relaxed"] = "full"
     """relaxed: the last commits may be lost with the machine's power, never with a process; shown in /healthz."""
+    encryption: Literal["on", "off"] = "on"
+    """on: bodies and blobs are encrypted with a key of their tenant, so that `tinkerbell tenants erase` can destroy it.
+    What is stored already stays as it is and stays readable."""
+    key_file: str | None = None
+    """Has the key that wraps the tenants' keys; without it nothing encrypted can be read. None:
+    <data_dir>/encryption.key. It is made when it is first needed."""
     seal_every_hours: Annotated[float, Meta(gt=0)] | None = 24.0
     """How often the scheduler's leader seals the log; None: only `tinkerbell audit seal` does."""
     lease_ttl_s: Annotated[float, Meta(gt=0, le=3600)] = 10.0
@@ -84,6 +90,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def blob_dir(self) -> Path:
         """Directory of the content-addressed file store."""
         return Path(self.data_dir) / "blobs"
+
+    @property
+    def key_path(self) -> Path:
+        """The file with the key that wraps the tenants' keys."""
+        return Path(self.key_file) if self.key_file is not None else Path(self.data_dir) / "encryption.key"
 
 
 def normalise_url(url: str) -> str:

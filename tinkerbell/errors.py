@@ -9,11 +9,14 @@
     │   ├── Conflict                   409
     │   │   ├── IdempotencyConflict         same key, other request
     │   │   └── SequenceConflict            `seq` is not the adapter's next one
+    │   ├── Gone                       410
+    │   │   └── Erased                      its tenant was erased
     │   ├── TooLarge                   413
     │   └── TooManyRequests            429  carries retry_after_s and place
     └── ServerError                    whoever runs the server can mend it (category server)
         ├── Unavailable                503
         ├── SchemaOutdated                  the database needs `tinkerbell db upgrade`
+        ├── KeyUnavailable                  the key file is missing or another one
         ├── MissingPackage                  names the install command
         ├── Fenced                          a lease was lost: results are refused
         ├── AlreadyAnswered                 a request may have one terminal event only
@@ -96,6 +99,19 @@ class SequenceConflict(Conflict):
     slug = "sequence-conflict"
 
 
+class Gone(UserError):
+    """What was here was removed."""
+
+    slug = "gone"
+    status = 410
+
+
+class Erased(Gone):
+    """What was here was erased with its tenant."""
+
+    slug = "erased"
+
+
 class TooLarge(UserError):
     """The request is too large."""
 
@@ -127,6 +143,13 @@ class SchemaOutdated(ServerError):
     """The database schema is not the one this release needs."""
 
     slug = "schema-outdated"
+    status = 503
+
+
+class KeyUnavailable(ServerError):
+    """What is encrypted cannot be read or written without its key."""
+
+    slug = "key-unavailable"
     status = 503
 
 

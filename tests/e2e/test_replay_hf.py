@@ -11,6 +11,7 @@ from tinkerbell.cli.main import run as command_line
 from tinkerbell.cli.process import ServerProcess
 from tinkerbell.config import Settings
 from tinkerbell.replay import DatabaseLog, ExecutorChoice
+from tinkerbell.replay.log import blob_of
 from tinkerbell.sdk import Client, supervised
 
 STEPS = 3
@@ -66,6 +67,6 @@ def test_a_state_is_an_adapter_directory(recorded: Settings, tmp_path: Path) -> 
         found = replay.state_at(log, "two", "step:2")
         (saved,) = [each.recorded for each in log.entries(types=["save.completed"])]
         replay.write_adapter(found.state, tmp_path)
-        assert (tmp_path / "adapter_model.safetensors").read_bytes() == log.blob(saved.blobs["weights"])
+        assert (tmp_path / "adapter_model.safetensors").read_bytes() == blob_of(log, saved.blobs["weights"])
     names = set(load_file(tmp_path / "adapter_model.safetensors"))
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in names

@@ -17,9 +17,10 @@ from tinkerbell import replay
 from tinkerbell.cli.main import run as command_line
 from tinkerbell.config import Settings
 from tinkerbell.errors import Conflict, Corrupt, InvalidRequest, NotFound
-from tinkerbell.events import kinds
+from tinkerbell.events import envelope, kinds
 from tinkerbell.events.store import EventStore
 from tinkerbell.replay import ArchiveLog, DatabaseLog
+from tinkerbell.replay.log import blob_of
 from tinkerbell.sdk import Datum
 from tinkerbell.types import LoraConfig
 
@@ -92,8 +93,8 @@ def test_a_saved_state_is_the_checkpoint_itself(log: DatabaseLog, tmp_path: Path
         "adapter_config.json",
         "optimizer.safetensors",
     }
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == log.blob(saved.blobs["weights"])
-    assert (tmp_path / "adapter" / "adapter_config.json").read_bytes() == log.blob(saved.blobs["adapter_config"])
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == blob_of(log, saved.blobs["weights"])
+    assert (tmp_path / "adapter" / "adapter_config.json").read_bytes() == blob_of(log, saved.blobs["adapter_config"])
 
 
 def test_of_an_adapter_made_from_anothers_checkpoint(log: DatabaseLog) -> None:
@@ -238,6 +239,26 @@ def test_a_changed_archive_is_noticed(archive: Path, tmp_path: Path) -> None:
     events.write_bytes(events.read_bytes().replace(b"0.05", b"0.06", 1))
     with pytest.raises(Corrupt, match=r"events\.jsonl has other bytes"):
         ArchiveLog.open(directory)
+
+
+def test_an_archive_has_the_keys_of_its_own_bytes_only(recorded: Settings, archive: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    manifest = replay.unpack(archive, directory)
+    stored = {name: (directory / name).read_bytes() for name in manifest.files if name != "events.jsonl"}
+    assert stored and all(map(envelope.is_envelope, stored.values()))
+    assert set(manifest.keys) == {hashlib.sha256(data).hexdigest() for data in stored.values()}
+    assert len(set(manifest.keys.values())) == len(manifest.keys) and manifest.version == 2
+    (name, other), *_ = ((name, data) for name, data in stored.items())
+    text = json.loads((directory / "manifest.json").read_text())
+    digest = hashlib.sha256(other).hexdigest()
+    for key in (None, next(value for at, value in manifest.keys.items() if at != digest)):
+        text["keys"].pop(digest, None)
+        if key is not None:
+            text["keys"][digest] = key
+        (directory / "manifest.json").write_text(json.dumps(text))
+        with closing(ArchiveLog.open(directory)) as log:
+            report = replay.verify(log, runs.RUN)
+        assert report.verdict == "diverged" and report.findings[0].what == "body", name
 
 
 def test_what_is_no_archive(archive: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy as sa
 
 from tests.support import runs
-from tests.support.owner import as_owner, forge
+from tests.support.owner import as_owner, decrypted, forge
 from tinkerbell.cli.main import run as command_line
 from tinkerbell.config import Settings
 from tinkerbell.errors import InvalidRequest, NotFound, SchemaOutdated
@@ -173,7 +173,7 @@ def other_token(body: kinds.ForwardBackwardBody) -> kinds.ForwardBackwardBody:
 def test_a_forged_body_comes_to_something_else(copied: Settings) -> None:
     """Whoever changes a body and all hashes after it cannot change what the gradients came to."""
     at = row(copied, "forward_backward.requested")
-    body = codec.decode_body(at["type"], at["body_codec"], at["body"])
+    body = codec.decode_body(at["type"], at["body_codec"], decrypted(copied, at["body"]))
     assert isinstance(body, kinds.ForwardBackwardBody)
     stored, codec_name, length = codec.encode_body(other_token(body))
     digest = hashlib.sha256(stored).digest()
@@ -186,7 +186,7 @@ def test_a_forged_body_comes_to_something_else(copied: Settings) -> None:
 
 def test_forged_outputs_are_named(copied: Settings) -> None:
     at = row(copied, "forward.completed", 0)
-    body = codec.decode_body(at["type"], at["body_codec"], at["body"])
+    body = codec.decode_body(at["type"], at["body_codec"], decrypted(copied, at["body"]))
     assert isinstance(body, kinds.OutputsBody) and body.outputs
     first = body.outputs[0]
     assert first.entropy is not None

@@ -9,6 +9,8 @@ import sqlalchemy as sa
 from tinkerbell.config import Settings
 from tinkerbell.events import tables as t
 from tinkerbell.events.chain import link
+from tinkerbell.events.engine import make_engine
+from tinkerbell.events.vault import Vault
 
 
 @contextmanager
@@ -48,3 +50,12 @@ def forge(settings: Settings, position: int, **columns: Any) -> None:
             values = {"prev_hash": prev_hash, "hash": digest}
             connection.execute(events.update().where(events.c.position == row["position"]).values(**values))
             prev_hash = digest
+
+
+def decrypted(settings: Settings, stored: bytes) -> bytes:
+    """A stored body or blob, with the key file of these settings."""
+    engine = make_engine(settings.url, role="reader")
+    try:
+        return Vault(engine, settings.key_path).open(stored)
+    finally:
+        engine.dispose()

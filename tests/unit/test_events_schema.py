@@ -9,6 +9,7 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
 from tinkerbell.config import Settings
 from tinkerbell.errors import InvalidRequest, MissingPackage, SchemaOutdated, Unavailable
@@ -74,9 +75,10 @@ def test_an_old_and_a_newer_schema_are_refused(database_settings: Settings) -> N
 def test_a_failed_upgrade_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripts = tmp_path / "migrations"
     shutil.copytree(schema.migrations_dir(), scripts, ignore=shutil.ignore_patterns("__pycache__"))
-    broken = scripts / "versions" / "0002_broken.py"
+    broken = scripts / "versions" / "0099_broken.py"
+    head = ScriptDirectory(str(scripts)).get_current_head()
     broken.write_text(
-        "from alembic import op\nrevision = '0002'\ndown_revision = '0001'\n"
+        f"from alembic import op\nrevision = '0099'\ndown_revision = '{head}'\n"
         "def upgrade():\n    op.execute('CREATE TABLE half (x INTEGER)')\n    op.execute('nonsense')\n"
     )
     monkeypatch.setattr(schema, "migrations_dir", lambda: scripts)

@@ -70,6 +70,7 @@ class Server:
             log.info("made the tables of an empty database", extra={"database": shown(self._settings.url)})
         self._store = EventStore.open(self._settings)
         try:
+            self._store.require_keys()
             self._refuse_exposure(self._store)
             self._start_scheduler(self._store)
             if self._role == "scheduler":

@@ -5,13 +5,13 @@ import math
 import re
 import threading
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import zstandard
 
 from tinkerbell.errors import Corrupt, InvalidRequest
-from tinkerbell.events.kinds import BODY_OF, AnyEvent, Body, Event, NewEvent, type_of
+from tinkerbell.events.kinds import BODY_OF, AnyEvent, Body, BodyCodec, Event, NewEvent, type_of
 
 INLINE_BYTES = 64 * 1024
 """A stored body longer than this becomes a blob: inline it would delay its neighbours in the group commit."""
@@ -26,7 +26,9 @@ event needs an entry in VERSION_OF, one here, and the old bytes in the golden fi
 _ESCAPED_NUL = re.compile(r"(?<!\\)(\\\\)*\\u0000")
 """The NUL character as JSON writes it; behind one more backslash it would be six harmless characters."""
 
-BodyCodec = Literal["zstd", "msgpack"]
+Seal = Callable[[bytes], bytes]
+"""Encrypts what is about to be stored."""
+ENCRYPTED: dict[BodyCodec, BodyCodec] = {"zstd": "zstd+aes256gcm", "msgpack": "msgpack+aes256gcm"}
 
 _encode_json = msgspec.json.Encoder(order="deterministic").encode
 _decode_event = msgspec.json.Decoder(AnyEvent).decode
@@ -71,8 +73,8 @@ def canonical_json(value: Any) -> str:
     return _encode_json(value).decode()
 
 
-def prepare(new: NewEvent) -> Prepared:
-    """Encode an event and its body.
+def prepare(new: NewEvent, seal: Seal | None = None) -> Prepared:
+    """Encode an event and its body; `seal` encrypts its body and blobs.
 
     Raises InvalidRequest for numbers that are not finite and for NUL characters, which not every database can
     hold; TypeError where the body is not the one its type has.
@@ -87,10 +89,13 @@ def prepare(new: NewEvent) -> Prepared:
     version = VERSION_OF.get(type_, 1)
     expected = BODY_OF.get(type_)
     if expected is None and new.body is None:
-        return Prepared(new=new, type=type_, schema_version=version, data=data, blobs=dict(new.blobs))
+        return Prepared(new=new, type=type_, schema_version=version, data=data, blobs=_sealed(new.blobs, seal))
     if expected is None or not isinstance(new.body, expected):
         raise TypeError(f"{type_} has the body {expected and expected.__name__}, not {type(new.body).__name__}")
     stored, codec, length = encode_body(new.body)
+    if seal is not None:
+        stored, codec = seal(stored), ENCRYPTED[codec]
+    blobs = _sealed(new.blobs, seal)
     inline = len(stored) <= INLINE_BYTES
     return Prepared(
         new=new,
@@ -101,8 +106,12 @@ def prepare(new: NewEvent) -> Prepared:
         body_codec=codec,
         body_hash=hashlib.sha256(stored).digest(),
         body_len=length,
-        blobs=dict(new.blobs) if inline else {**new.blobs, "body": stored},
+        blobs=blobs if inline else {**blobs, "body": stored},
     )
+
+
+def _sealed(blobs: dict[str, bytes], seal: Seal | None) -> dict[str, bytes]:
+    return {name: data if seal is None else seal(data) for name, data in blobs.items()}
 
 
 def without_bulk(prepared: Prepared) -> Prepared:
@@ -169,9 +178,9 @@ def encode_body(body: Body) -> tuple[bytes, BodyCodec, int]:
 
 
 def decode_body(type_: str, codec: str, stored: bytes) -> Body:
-    """The body of an event of this type. Raises Corrupt when the bytes are not one."""
+    """The body of an event of this type, from its stored bytes, decrypted. Raises Corrupt when they are not one."""
     try:
-        raw = _zstd.decompress(stored) if codec == "zstd" else stored
+        raw = _zstd.decompress(stored) if codec.startswith("zstd") else stored
         body: Body = _body_decoders[type_].decode(raw)
     except (zstandard.ZstdError, msgspec.DecodeError, KeyError) as exc:
         raise Corrupt(f"the body of a {type_} cannot be read: {exc}") from exc

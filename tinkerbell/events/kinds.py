@@ -465,6 +465,9 @@ BODY_OF: dict[str, type[Body]] = {
 """Event type -> type of its body; a type that is missing has none."""
 
 
+BodyCodec = Literal["zstd", "msgpack", "zstd+aes256gcm", "msgpack+aes256gcm"]
+"""How a body is stored: MessagePack, compressed or not, encrypted or not."""
+
 # ---- the envelope -----------------------------------------------------------------------------------------------
 
 
@@ -519,7 +522,7 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True):
     actor: str | None
     hash: str
     """Hex; the next event of the stream has it as its prev_hash."""
-    body_codec: Literal["zstd", "msgpack"] | None = None
+    body_codec: BodyCodec | None = None
     """How the body is stored, inline or as a blob; None where there is none."""
     body_hash: str | None = None
     """sha256 (hex) of the body's stored bytes."""

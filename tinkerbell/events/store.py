@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -21,6 +22,7 @@ from tinkerbell.events.queries import Queries
 from tinkerbell.events.rules import Original
 from tinkerbell.events.tables import log_head
 from tinkerbell.events.tail import Callback, Tail
+from tinkerbell.events.vault import Vault
 from tinkerbell.events.writer import GROUP_EVENTS, BlobRef, Entry, Item, Writer
 from tinkerbell.types import SYSTEM_TENANT
 
@@ -28,10 +30,14 @@ from tinkerbell.types import SYSTEM_TENANT
 class EventStore:
     """One process's way to the log. Any number of threads may use it, and any number of processes the database."""
 
-    def __init__(self, writer: sa.Engine, reader: sa.Engine, blobs: BlobStore, group_events: int) -> None:
+    def __init__(
+        self, writer: sa.Engine, reader: sa.Engine, blobs: BlobStore, vault: Vault, *, encrypt: bool, group_events: int
+    ) -> None:
         self._write_engine = writer
         self._read_engine = reader
         self._blobs = blobs
+        self._vault = vault
+        self._encrypt = encrypt
         self._tail = Tail(reader)
         self._writer = Writer(writer, self._tail.push, group_events=group_events)
         self.queries = Queries(reader)
@@ -55,7 +61,9 @@ class EventStore:
         writer = make_engine(settings.url, role="writer", durability=settings.durability)
         reader = make_engine(settings.url, role="reader")
         settings.blob_dir.mkdir(parents=True, exist_ok=True)
-        return cls(writer, reader, BlobStore(settings.blob_dir), group_events)
+        vault = Vault(reader, settings.key_path, writer=writer)
+        encrypt = settings.encryption == "on"
+        return cls(writer, reader, BlobStore(settings.blob_dir), vault, encrypt=encrypt, group_events=group_events)
 
     def close(self) -> None:
         """Write what was submitted, then stop. Submits after this fail with Unavailable."""
@@ -63,6 +71,10 @@ class EventStore:
         self._tail.close()
         self._write_engine.dispose()
         self._read_engine.dispose()
+
+    def require_keys(self) -> None:
+        """Raise KeyUnavailable where the key file does not fit the log, before somebody depends on it."""
+        self._vault.require()
 
     # ---- append ----------------------------------------------------------------------------------------------------
 
@@ -101,7 +113,7 @@ class EventStore:
             outcomes.deliver([(waiter, [])])
 
     def _item(self, new: NewEvent) -> Item:
-        prepared = codec.prepare(new)
+        prepared = codec.prepare(new, partial(self._vault.seal, new.tenant) if self._encrypt else None)
         refs = {name: BlobRef(self._blobs.put(data), len(data)) for name, data in prepared.blobs.items()}
         return Item(codec.without_bulk(prepared), refs)
 
@@ -144,7 +156,8 @@ class EventStore:
             return int(connection.execute(sa.select(log_head.c.position)).scalar_one())
 
     def body(self, recorded: Recorded) -> Body | None:
-        """The event's body; None where its type has none. Raises Corrupt when it is not what was written."""
+        """The event's body; None where its type has none. Raises Corrupt when it is not what was written, Erased,
+        KeyUnavailable."""
         if recorded.body_codec is None:
             return None
         stored = recorded.body
@@ -152,11 +165,12 @@ class EventStore:
             stored = self._blobs.get(recorded.blobs["body"])
         elif not codec.has_hash(stored, recorded.body_hash):
             raise Corrupt(f"the body of event {recorded.position} has other bytes than were written")
-        return codec.decode_body(type_of(recorded.event), recorded.body_codec, stored)
+        return codec.decode_body(type_of(recorded.event), recorded.body_codec, self._vault.open(stored))
 
     def blob(self, digest: str) -> bytes:
-        """The blob with this sha256 (hex). Raises Corrupt when it is missing or changed."""
-        return self._blobs.get(digest)
+        """What the blob with this sha256 (hex, of the bytes as stored) holds. Raises Corrupt when it is missing or
+        changed, Erased, KeyUnavailable."""
+        return self._vault.open(self._blobs.get(digest))
 
     def subscribe(self, callback: Callback, *, after: int | None = None) -> Callable[[], None]:
         """Call back with every committed event above `after` (default: from now on), of any process, exactly once

@@ -136,6 +136,20 @@ event_blobs = sa.Table(
     comment="Which blobs an event names. Append-only like the log.",
 )
 
+# ---- keys: no part of the log, so that one can be destroyed ----------------------------------------------------------
+
+data_keys = sa.Table(
+    "data_keys",
+    metadata,
+    C("id", RawBytes(16), primary_key=True),
+    C("tenant", Text, nullable=False, index=True),
+    C("wrapped", RawBytes, comment="AES-256-GCM under the key in the key file; NULL: destroyed"),
+    C("wrapped_by", Text, nullable=False, comment="which key file"),
+    C("created_us", Big, nullable=False),
+    C("destroyed_us", Big),
+    comment="Keys that tenants' bodies and blobs are encrypted with. No part of the log.",
+)
+
 # ---- projections: folds of the log, written in the append transaction -----------------------------------------------
 
 futures = sa.Table(

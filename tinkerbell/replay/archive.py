@@ -5,6 +5,10 @@
     bodies/<position>        stored bytes of an inline body
     blobs/<sha256>           everything else
 
+Bodies and blobs that are encrypted stay so, since the hashes are over the encrypted bytes; the manifest has the key of
+each, which opens nothing else: not the rest of what its tenant has stored. Whoever has the archive can read all of it,
+and erasing the tenant does not reach it.
+
 Rows keep their positions and hashes: the adapter's stream is whole, so its chain verifies from its first event on; of
 batches, environments and other adapters' checkpoints only those that the run names are there. The file (zip) can be
 read as it is, or be unpacked into a directory, which can be read as well.
@@ -22,14 +26,15 @@ from typing import Any
 import msgspec
 
 from tinkerbell.errors import Conflict, Corrupt, InvalidRequest, NotFound
-from tinkerbell.events import kinds
+from tinkerbell.events import envelope, kinds
 from tinkerbell.events.kinds import type_of
 from tinkerbell.replay.history import History, read_history
 from tinkerbell.replay.integrity import Tell
 from tinkerbell.replay.log import COLUMNS, Entry, Log, entry
 
 FORMAT = "tinkerbell-run"
-VERSION = 1
+PLAIN, WITH_KEYS = 1, 2
+"""Versions: a release that does not know keys must not take encrypted bytes for broken ones."""
 MANIFEST, EVENTS = "manifest.json", "events.jsonl"
 BINARY = tuple(column.name for column in COLUMNS if column.name in ("request_hash", "body_hash", "prev_hash", "hash"))
 NAME = re.compile(r"events\.jsonl|bodies/[0-9]+|blobs/[0-9a-f]{64}")
@@ -49,16 +54,20 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     num_events: int
     files: dict[str, str]
     """Name -> sha256 (hex)."""
+    keys: dict[str, str] = {}
+    """sha256 (hex) of an encrypted body or blob as stored -> its key (hex); see events/envelope.py."""
 
 
 def export(log: Log, run: str, file: Path, *, tell: Tell = lambda _what, _done, _total: None) -> Manifest:
-    """Write a run to `file`, which must not exist. Raises Conflict, NotFound, Corrupt where bytes have changed."""
+    """Write a run to `file`, which must not exist. Raises Conflict, NotFound, Corrupt where bytes have changed,
+    Erased, KeyUnavailable."""
     if file.exists():
         raise Conflict(f"{file} exists; an archive is never written over")
     history = read_history(log, run)
     entries = _entries(log, history)
     part = file.with_name(f".{file.name}.part")
     files: dict[str, str] = {}
+    keys: dict[str, str] = {}
     try:
         with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
 
@@ -68,22 +77,28 @@ def export(log: Log, run: str, file: Path, *, tell: Tell = lambda _what, _done, 
                     # A fixed time: the same run gives the same file.
                     archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data, zipfile.ZIP_DEFLATED)
 
+            def add_stored(name: str, stored: bytes) -> None:
+                add(name, stored)
+                if (key := log.key_of(stored)) is not None:
+                    keys[files[name]] = key.hex()
+
             for number, each in enumerate(entries):
                 tell("writing", number, len(entries))
                 for digest in each.recorded.blobs.values():
-                    add(f"blobs/{digest}", log.blob(digest))
+                    add_stored(f"blobs/{digest}", log.stored_blob(digest))
                 if each.recorded.body_codec is not None and "body" not in each.blobs:
-                    add(f"bodies/{each.position}", log.stored_body(each))
+                    add_stored(f"bodies/{each.position}", log.stored_body(each))
             add(EVENTS, b"".join(_line(each) + b"\n" for each in entries))
             manifest = Manifest(
                 format=FORMAT,
-                version=VERSION,
+                version=WITH_KEYS if keys else PLAIN,
                 run=history.run,
                 tenant=history.tenant,
                 name=history.name,
                 made_by=version("tinkerbell-server"),
                 num_events=len(entries),
                 files=dict(sorted(files.items())),
+                keys=dict(sorted(keys.items())),
             )
             text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
             archive.writestr(zipfile.ZipInfo(MANIFEST, (1980, 1, 1, 0, 0, 0)), text, zipfile.ZIP_DEFLATED)
@@ -182,15 +197,25 @@ class ArchiveLog:
     def stored_body(self, at: Entry) -> bytes:
         """See log.Log."""
         if "body" in at.blobs:
-            return self.blob(at.blobs["body"].hex())
+            return self.stored_blob(at.blobs["body"].hex())
         return self.read(f"bodies/{at.position}")
 
-    def blob(self, digest: str) -> bytes:
+    def stored_blob(self, digest: str) -> bytes:
         """See log.Log."""
         data = self.read(f"blobs/{digest}")
         if hashlib.sha256(data).hexdigest() != digest:
             raise Corrupt(f"{self.name}: blob {digest} has other bytes than were written")
         return data
+
+    def key_of(self, stored: bytes) -> bytes | None:
+        """See log.Log."""
+        if not envelope.is_envelope(stored):
+            return None
+        digest = hashlib.sha256(stored).hexdigest()
+        key = self.manifest.keys.get(digest, "")
+        if re.fullmatch("[0-9a-f]{64}", key) is None:
+            raise Corrupt(f"{self.name} has no key of {digest}, which is encrypted")
+        return bytes.fromhex(key)
 
     def close(self) -> None:
         """Close the file."""
@@ -202,9 +227,9 @@ class ArchiveLog:
             manifest = msgspec.json.decode((self._root / MANIFEST).read_bytes(), type=Manifest)
         except (OSError, KeyError, zipfile.BadZipFile, msgspec.DecodeError) as exc:
             raise InvalidRequest(f"{self.name} is not an exported run: {exc}") from exc
-        if manifest.format != FORMAT or manifest.version != VERSION:
+        if manifest.format != FORMAT or manifest.version not in (PLAIN, WITH_KEYS):
             what = f"{manifest.format} version {manifest.version}"
-            raise InvalidRequest(f"{self.name} is {what}; this release reads {FORMAT} version {VERSION}")
+            raise InvalidRequest(f"{self.name} is {what}; this release reads {FORMAT} versions 1 and 2")
         for name in manifest.files:
             if NAME.fullmatch(name) is None:
                 raise InvalidRequest(f"{self.name} has a file with an unexpected name: {name!r}")

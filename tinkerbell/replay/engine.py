@@ -12,7 +12,7 @@ from tinkerbell.replay.curves import Point, per_token
 from tinkerbell.replay.findings import Difference, Finding, differences, tolerance_of
 from tinkerbell.replay.history import Call, History
 from tinkerbell.replay.integrity import Tell
-from tinkerbell.replay.log import Entry, Log
+from tinkerbell.replay.log import Entry, Log, blob_of
 from tinkerbell.replay.session import Change, ExecutorChoice, Outcome, Passed, Session
 
 BATCH_TOKENS = 8192
@@ -224,7 +224,7 @@ class Replayer:
         event = saved.recorded.event
         assert isinstance(event, kinds.SaveCompleted | kinds.CheckpointWritten)
         state = await self._session.snapshot()
-        stored = self._log.blob(saved.recorded.blobs["weights"])
+        stored = blob_of(self._log, saved.recorded.blobs["weights"])
         self.comparison.num_compared += 2
         for recorded, found in ((event.state_digest, state.digest), (stored, state.weights)):
             if recorded != found:

@@ -10,7 +10,7 @@ from tinkerbell.events.codec import decode_body
 from tinkerbell.events.kinds import ForwardBackwardBody, PlannedUnit
 from tinkerbell.replay.findings import Finding
 from tinkerbell.replay.history import Call, History
-from tinkerbell.replay.log import Entry, Log, body_of
+from tinkerbell.replay.log import Entry, Log, blob_of, body_of, opened
 from tinkerbell.scheduler.batching import cut
 
 Tell = Callable[[str, float, float], None]
@@ -76,23 +76,23 @@ def _contents(log: Log, each: Entry) -> Iterator[Finding]:
         else:
             if (found := hashlib.sha256(stored).hexdigest()) != recorded.body_hash:
                 yield Finding(what="body", position=each.position, recorded=recorded.body_hash, found=found)
-            elif (problem := _unreadable(each, stored)) is not None:
+            elif (problem := _unreadable(log, each, stored)) is not None:
                 yield Finding(what="body", position=each.position, recorded=recorded.body_hash, found=problem)
     for name, digest in recorded.blobs.items():
         if name == "body":
             continue
         try:
-            log.blob(digest)
+            blob_of(log, digest)
         except Corrupt as exc:
             yield Finding(what="body", position=each.position, recorded=f"{name} {digest}", found=exc.detail)
 
 
-def _unreadable(each: Entry, stored: bytes) -> str | None:
+def _unreadable(log: Log, each: Entry, stored: bytes) -> str | None:
     """Why a body with the right hash cannot be read; None where it can."""
     recorded = each.recorded
     assert recorded.body_codec is not None
     try:
-        decode_body(kinds.type_of(recorded.event), recorded.body_codec, stored)
+        decode_body(kinds.type_of(recorded.event), recorded.body_codec, opened(log, stored))
     except Corrupt as exc:
         return exc.detail
     return None

@@ -9,13 +9,14 @@ import sqlalchemy as sa
 
 from tinkerbell.config import Settings
 from tinkerbell.errors import Corrupt, NotFound, SchemaOutdated
-from tinkerbell.events import codec, schema
+from tinkerbell.events import codec, envelope, schema
 from tinkerbell.events import tables as t
 from tinkerbell.events.blobs import BlobStore
 from tinkerbell.events.engine import make_engine
 from tinkerbell.events.kinds import Body, Recorded, type_of
 from tinkerbell.events.reading import blobs_of, in_parts
 from tinkerbell.events.rules import record
+from tinkerbell.events.vault import Vault
 
 PAGE_ROWS = 1000
 COLUMNS = tuple(column for column in t.events.c if column.name != "body")
@@ -74,8 +75,12 @@ class Log(Protocol):
         """The body's bytes as stored, unverified; only of an event that has one. Raises Corrupt without them."""
         ...
 
-    def blob(self, digest: str) -> bytes:
-        """The blob with this sha256 (hex). Raises Corrupt when it is missing or changed."""
+    def stored_blob(self, digest: str) -> bytes:
+        """The bytes with this sha256 (hex), as stored. Raises Corrupt when they are missing or changed."""
+        ...
+
+    def key_of(self, stored: bytes) -> bytes | None:
+        """The key of a stored body or blob; None where it is not encrypted. Raises Erased, KeyUnavailable."""
         ...
 
     def close(self) -> None: ...
@@ -94,16 +99,28 @@ def body_of(log: Log, at: Entry) -> Body | None:
             recorded=recorded.body_hash,
             found=found,
         )
-    return codec.decode_body(type_of(recorded.event), recorded.body_codec, stored)
+    return codec.decode_body(type_of(recorded.event), recorded.body_codec, opened(log, stored))
+
+
+def blob_of(log: Log, digest: str) -> bytes:
+    """What the blob with this hash (hex) holds. Raises Corrupt, Erased, KeyUnavailable."""
+    return opened(log, log.stored_blob(digest))
+
+
+def opened(log: Log, stored: bytes) -> bytes:
+    """A stored body or blob, decrypted if it is encrypted. Raises Corrupt, Erased, KeyUnavailable."""
+    key = log.key_of(stored)
+    return stored if key is None else envelope.unseal(stored, key)
 
 
 class DatabaseLog:
     """A server's log, read beside the server: no lease, no writer, no lock that outlives a statement."""
 
-    def __init__(self, engine: sa.Engine, blobs: BlobStore, name: str) -> None:
+    def __init__(self, engine: sa.Engine, blobs: BlobStore, vault: Vault, name: str) -> None:
         self.name = name
         self._engine = engine
         self._blobs = blobs
+        self._vault = vault
         with engine.connect() as connection:
             self.head = int(connection.execute(sa.select(t.log_head.c.position)).scalar_one())
         """What is written later is not seen, so that every question has the same log."""
@@ -117,7 +134,7 @@ class DatabaseLog:
             raise NotFound(f"no log in {shown}")
         if not schema.is_current(settings.url):
             raise SchemaOutdated(f"{shown}: after a backup, run `tinkerbell db upgrade` with the same settings")
-        return cls(engine, BlobStore(settings.blob_dir), shown)
+        return cls(engine, BlobStore(settings.blob_dir), Vault(engine, settings.key_path), shown)
 
     def entries(
         self,
@@ -177,9 +194,13 @@ class DatabaseLog:
             raise Corrupt(f"event {at.position} has lost its body")
         return bytes(stored)
 
-    def blob(self, digest: str) -> bytes:
+    def stored_blob(self, digest: str) -> bytes:
         """See Log."""
         return self._blobs.get(digest)
+
+    def key_of(self, stored: bytes) -> bytes | None:
+        """See Log."""
+        return self._vault.key_of(stored)
 
     def close(self) -> None:
         """Give the connections back."""

@@ -1,6 +1,7 @@
 """A replay's own executor: a process beside the server, with one adapter in it."""
 
 import asyncio
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from tinkerbell.executors.port import (
 )
 from tinkerbell.executors.protocol import ExecutorOptions
 from tinkerbell.replay.history import Call
-from tinkerbell.replay.log import Log, body_of
+from tinkerbell.replay.log import Log, blob_of, body_of
 from tinkerbell.scheduler.recovery import adapter_state
 from tinkerbell.scheduler.results import combine
 from tinkerbell.scheduler.units import units_again
@@ -133,7 +134,7 @@ class Session:
         return units_again(recorded, body_of(self._log, call.request))
 
     def _state(self, event: kinds.SaveCompleted | kinds.CheckpointWritten, blobs: dict[str, str]) -> AdapterState:
-        return adapter_state(event.lora, event.step, event.state_digest, blobs, self._log.blob)
+        return adapter_state(event.lora, event.step, event.state_digest, blobs, functools.partial(blob_of, self._log))
 
 
 def _together(answers: Sequence[UnitResult]) -> Outcome:
