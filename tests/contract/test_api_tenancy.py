@@ -80,7 +80,7 @@ class World:
             "prompt": [1, 2],
             "params": {"max_tokens": 1},
         }
-        optional = {"base_model", "lora", "seed", "name", "with_optimizer", "loss", "seq", "adam", "wait_s"}
+        optional = {"base_model", "lora", "seed", "name", "with_optimizer", "loss", "seq", "adam", "wait_s", "outputs"}
         unknown = set(fields) - set(known) - optional
         assert not unknown, f"{operation['operationId']}: teach this test what {unknown} may hold"
         return {name: value for name, value in known.items() if name in fields}
