@@ -10,7 +10,8 @@
     │   │   ├── IdempotencyConflict         same key, other request
     │   │   └── SequenceConflict            `seq` is not the adapter's next one
     │   ├── Gone                       410
-    │   │   └── Erased                      its tenant was erased
+    │   │   ├── Erased                      with its tenant
+    │   │   └── Compacted                   by `tinkerbell db compact`
     │   ├── TooLarge                   413
     │   └── TooManyRequests            429  carries retry_after_s and place
     └── ServerError                    whoever runs the server can mend it (category server)
@@ -110,6 +111,12 @@ class Erased(Gone):
     """What was here was erased with its tenant."""
 
     slug = "erased"
+
+
+class Compacted(Gone):
+    """What was here was removed because it was old."""
+
+    slug = "compacted"
 
 
 class TooLarge(UserError):

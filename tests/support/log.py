@@ -312,6 +312,23 @@ def examples() -> dict[str, tuple[AnyEvent, Body | None]]:
             None,
         ),
         (kinds.LogSealed(position=41, root="78" * 32, num_streams=3), None),
+        (
+            kinds.TenantErased(
+                adapters=["ad_one"],
+                checkpoints=["ck_one", "ck_two"],
+                data_keys=["9a" * 16],
+                num_bodies=4,
+                num_blobs=6,
+                num_bytes=5000,
+            ),
+            None,
+        ),
+        (
+            kinds.BulkCompacted(
+                before_us=1_700_000_000_000_000, positions=[3, 5, 8], num_bodies=2, num_blobs=3, num_bytes=5000
+            ),
+            None,
+        ),
     ]
     return {kinds.type_of(event): (event, body) for event, body in events}
 

@@ -26,6 +26,7 @@ _DESCRIPTIONS = {
     403: "This key, or this host, may not do that.",
     404: "There is no such thing, or it belongs to another tenant.",
     409: "The request contradicts what has happened already.",
+    410: "What was here was erased with its tenant, or removed because it was old.",
     413: "The request is too large.",
     415: "The body is not application/json.",
     429: "Too much is waiting already; `retry_after_s` and `place` tell for how long.",

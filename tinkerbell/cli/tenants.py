@@ -1,4 +1,4 @@
-"""`tinkerbell tenants`: each tenant's share of the accelerator and its limits."""
+"""`tinkerbell tenants`: each tenant's share of the accelerator and its limits; erasing one."""
 
 import math
 from pathlib import Path
@@ -27,7 +27,7 @@ LIMIT = Count()
 
 @click.group()
 def tenants() -> None:
-    """Shares and limits of tenants.
+    """Shares and limits of tenants; erasing one.
 
     \b
     tinkerbell tenants set alice --weight 2
@@ -133,3 +133,54 @@ def list_tenants(config: Path | None, data_dir: str | None, database_url: str | 
             "pending tokens",
         )
         print_table("Tenants (empty: the server's default)", columns, [tuple(row.values()) for row in rows])
+
+
+@tenants.command()
+@click.argument("tenant", type=TENANT)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@log_options
+@json_option
+def erase(
+    tenant: str, yes: bool, config: Path | None, data_dir: str | None, database_url: str | None, as_json: bool
+) -> None:
+    """Make everything TENANT has stored unreadable, for good, and take it out.
+
+    Prompts, data, results and weights go: their keys are destroyed, their bytes deleted and the database is written
+    anew. The API keys are revoked, the adapters removed. Events stay, with numbers and names but without data, and so
+    does the proof that nothing else was touched: `tinkerbell audit verify` still holds. Backups, exported runs and
+    downloads are out of reach; see docs/how-to/retention.md. Every server on this log has to be stopped first. If it
+    is interrupted, run it again.
+
+    \b
+    tinkerbell tenants erase alice
+    """
+    from tinkerbell.cli.alone import alone
+    from tinkerbell.cli.replay.options import progress
+
+    store = open_store(config, data_dir, database_url)
+    try:
+        plan = store.retention.plan(tenant)
+        if not yes:
+            click.confirm(
+                f"Erase {tenant}: {plan.num_bodies} bodies, {plan.num_blobs} blobs, {plan.num_bytes} bytes,"
+                f" {len(plan.adapters)} adapters, {len(plan.checkpoints)} checkpoints. It cannot be undone. Go on?",
+                abort=True,
+                err=True,
+            )
+        with alone(store, "tinkerbell tenants erase") as lease, progress(f"erase {tenant}") as tell:
+            fence = (lease.resource, lease.epoch)
+            done = store.retention.erase(tenant, actor=lease.holder, fence=fence, tell=tell)
+    finally:
+        store.close()
+    if as_json:
+        print_json(done)
+        return
+    bulk = done.bulk
+    if done.position is None:
+        click.echo(f"{tenant} had been erased already; nothing was left but {done.num_files} files.")
+        return
+    click.echo(
+        f"{tenant} is erased (event {done.position}): {bulk.num_bodies} bodies and {bulk.num_blobs} blobs,"
+        f" {bulk.num_bytes} bytes; {done.num_keys_destroyed} data keys destroyed, {done.num_keys_revoked} API keys"
+        f" revoked, {done.num_adapters} adapters and {done.num_checkpoints} checkpoints gone."
+    )

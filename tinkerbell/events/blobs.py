@@ -70,6 +70,20 @@ class BlobStore:
             raise Corrupt(f"blob {digest} has other bytes than were written")
         return data
 
+    def exists(self, digest: str) -> bool:
+        """Whether there is a file of this hash (hex), whole or not."""
+        return self.path(digest).exists()
+
+    def delete(self, digest: str) -> bool:
+        """Delete the blob with this hash (hex), durably; whether it was there."""
+        path = self.path(digest)
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            return False
+        _sync_directory(path.parent)
+        return True
+
     def _sync_path(self, target: Path) -> None:
         """Make the names on the way to `target` durable, whoever made them: another writer may not have yet."""
         for directory in (target.parent, target.parent.parent, self._root, self._root.parent):

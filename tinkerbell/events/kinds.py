@@ -341,6 +341,34 @@ class LogSealed(Event, frozen=True, kw_only=True, tag="log.sealed"):
     num_streams: int
 
 
+class TenantErased(Event, frozen=True, kw_only=True, tag="tenant.erased"):
+    """Bodies and blobs of all the tenant's events before this one are gone, and the keys they were encrypted with. Its
+    adapters are removed; what it was asked and what came of it in numbers stays."""
+
+    adapters: list[AdapterId]
+    """Those that were alive."""
+    checkpoints: list[CheckpointId]
+    """All it ever had, the server's recovery points too: each was derived from its data."""
+    data_keys: list[str]
+    """Ids (hex) of the keys that were destroyed."""
+    num_bodies: int
+    num_blobs: int
+    num_bytes: int
+    """As stored, of bodies and blobs."""
+
+
+class BulkCompacted(Event, frozen=True, kw_only=True, tag="bulk.compacted"):
+    """Bodies and blobs of these events of the tenant are gone; their hashes stay."""
+
+    before_us: int
+    """They are older than this, microseconds since 1970."""
+    positions: list[int]
+    num_bodies: int
+    num_blobs: int
+    num_bytes: int
+    """As stored, of bodies and blobs."""
+
+
 AnyRequest = (
     AddLoraRequested
     | RemoveLoraRequested
@@ -385,6 +413,8 @@ AnyEvent = (
     | KeyRevoked
     | TenantConfigured
     | LogSealed
+    | TenantErased
+    | BulkCompacted
 )
 
 FAILED: dict[str, type[AnyFailed]] = {

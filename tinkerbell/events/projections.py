@@ -27,6 +27,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "api_keys": ("key_id",),
     "environments": ("position",),
     "batches": ("id",),
+    "erasures": ("tenant",),
+    "removed_bulk": ("position",),
 }
 """Primary key of each projection."""
 
@@ -138,6 +140,11 @@ def fold(recorded: Recorded, cause: Cause | None) -> list[Change]:
             return [Put("tenants", (recorded.tenant,), values)]
         case kinds.LogSealed():
             return []
+        case kinds.TenantErased():
+            changes: list[Change] = [Put("erasures", (recorded.tenant,), {"position": recorded.position})]
+            return changes + [Set("adapters", (adapter,), {"state": "removed"}) for adapter in event.adapters]
+        case kinds.BulkCompacted():
+            return [Put("removed_bulk", (position,), {"removed_by": recorded.position}) for position in event.positions]
         case _:
             raise TypeError(f"no fold for {type(event).__name__}")
 

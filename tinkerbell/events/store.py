@@ -19,6 +19,8 @@ from tinkerbell.events.kinds import Body, LogSealed, NewEvent, Recorded, type_of
 from tinkerbell.events.leases import Claim, Lease, LeaseCall, Renewal
 from tinkerbell.events.outcomes import Waiter
 from tinkerbell.events.queries import Queries
+from tinkerbell.events.removal import why_blob_gone, why_gone
+from tinkerbell.events.retention import Retention
 from tinkerbell.events.rules import Original
 from tinkerbell.events.tables import log_head
 from tinkerbell.events.tail import Callback, Tail
@@ -38,6 +40,8 @@ class EventStore:
         self._blobs = blobs
         self._vault = vault
         self._encrypt = encrypt
+        self.retention = Retention(writer, reader, blobs, self.append, vault.forget)
+        """Erasing tenants, compacting old bulk."""
         self._tail = Tail(reader)
         self._writer = Writer(writer, self._tail.push, group_events=group_events)
         self.queries = Queries(reader)
@@ -157,20 +161,39 @@ class EventStore:
 
     def body(self, recorded: Recorded) -> Body | None:
         """The event's body; None where its type has none. Raises Corrupt when it is not what was written, Erased,
-        KeyUnavailable."""
+        Compacted, KeyUnavailable."""
         if recorded.body_codec is None:
             return None
         stored = recorded.body
         if stored is None:
-            stored = self._blobs.get(recorded.blobs["body"])
+            if "body" not in recorded.blobs:
+                raise self._missing_body(recorded.position)
+            stored = self._stored_blob(recorded.blobs["body"])
         elif not codec.has_hash(stored, recorded.body_hash):
             raise Corrupt(f"the body of event {recorded.position} has other bytes than were written")
         return codec.decode_body(type_of(recorded.event), recorded.body_codec, self._vault.open(stored))
 
     def blob(self, digest: str) -> bytes:
         """What the blob with this sha256 (hex, of the bytes as stored) holds. Raises Corrupt when it is missing or
-        changed, Erased, KeyUnavailable."""
-        return self._vault.open(self._blobs.get(digest))
+        changed, Erased, Compacted, KeyUnavailable."""
+        return self._vault.open(self._stored_blob(digest))
+
+    def require_blobs(self, digests: Collection[str]) -> None:
+        """Raise Erased or Compacted where one of these blobs was removed."""
+        for digest in digests:
+            if not self._blobs.exists(digest):
+                self._stored_blob(digest)
+
+    def _stored_blob(self, digest: str) -> bytes:
+        try:
+            return self._blobs.get(digest)
+        except Corrupt as exc:
+            with self._read_engine.connect() as connection:
+                raise why_blob_gone(connection, digest) or exc from exc
+
+    def _missing_body(self, position: int) -> Exception:
+        with self._read_engine.connect() as connection:
+            return why_gone(connection, position) or Corrupt(f"event {position} has lost its body")
 
     def subscribe(self, callback: Callback, *, after: int | None = None) -> Callable[[], None]:
         """Call back with every committed event above `after` (default: from now on), of any process, exactly once

@@ -301,9 +301,26 @@ batches = sa.Table(
     C("position", Big, nullable=False),
     comment="What ran together.",
 )
+erasures = sa.Table(
+    "erasures",
+    metadata,
+    C("tenant", Text, primary_key=True),
+    C("position", Big, nullable=False, comment="of its newest tenant.erased"),
+    comment="Tenants that were erased: bodies and blobs of their earlier events are gone.",
+)
+removed_bulk = sa.Table(
+    "removed_bulk",
+    metadata,
+    C("position", Big, primary_key=True, autoincrement=False, comment="of the event whose body and blobs are gone"),
+    C("removed_by", Big, nullable=False, comment="position of the bulk.compacted"),
+    comment="What was compacted.",
+)
 
 PROJECTIONS: dict[str, sa.Table] = {
     table.name: table
-    for table in (futures, adapters, checkpoints, usage, leases, tenants, api_keys, environments, batches)
+    for table in (
+        *(futures, adapters, checkpoints, usage, leases, tenants, api_keys, environments, batches),
+        *(erasures, removed_bulk),
+    )
 }
 """Tables that can be rebuilt from the log."""

@@ -283,7 +283,8 @@ def _insert(statements: Statements, group: _Group) -> None:
             {"hash": digest, "length": length, "location": "file", "created_us": now_us}
             for digest, length in group.lengths.items()
         ]
-        statements.insert(blobs, rows, "ignore")
+        # "replace": one that was removed is there again.
+        statements.insert(blobs, rows, "replace")
     statements.insert(events, [item.row for item in group.admitted])
     if named:
         statements.insert(

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 
-from tinkerbell.errors import Corrupt
+from tinkerbell.errors import Corrupt, Gone
 from tinkerbell.events import kinds
 from tinkerbell.events.chain import GENESIS, link
 from tinkerbell.events.codec import decode_body
@@ -18,17 +18,41 @@ Tell = Callable[[str, float, float], None]
 
 
 def check(log: Log, history: History, tell: Tell) -> list[Finding]:
-    """Everything that is not what the log itself says it is, by position. Reads every body and blob of the run."""
+    """Everything that is not what the log itself says it is, by position. Reads every body and blob of the run.
+
+    Raises Gone where some of them were erased or compacted: then the run cannot be executed again.
+    """
     found = [*_chain(history), *_rows(history)]
     total = len(history.entries)
+    gone: dict[int, Gone] = {}
     for number, each in enumerate(history.entries):
         tell("checking", number, total)
-        found += _contents(log, each)
+        try:
+            found += _contents(log, each)
+        except Gone as exc:
+            gone[each.position] = exc
+    if gone:
+        first = gone[min(gone)]
+        raise type(first)(
+            f"{len(gone)} of the run's events have lost their bodies or blobs: {_ranges(sorted(gone))}. {first.detail}",
+            positions=sorted(gone),
+        )
     broken = {finding.position for finding in found}
     for call in history.calls:
         if call.position not in broken:
             found += _plan(log, call)
     return sorted(found, key=lambda finding: finding.position)
+
+
+def _ranges(positions: Sequence[int]) -> str:
+    """`3, 5-9`: for people, no longer than that."""
+    ranges: list[list[int]] = []
+    for position in positions:
+        if ranges and ranges[-1][1] == position - 1:
+            ranges[-1][1] = position
+        else:
+            ranges.append([position, position])
+    return ", ".join(str(start) if start == stop else f"{start}-{stop}" for start, stop in ranges)
 
 
 def _hash(columns: Entry, prev_hash: bytes) -> str:

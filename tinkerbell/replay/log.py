@@ -15,6 +15,7 @@ from tinkerbell.events.blobs import BlobStore
 from tinkerbell.events.engine import make_engine
 from tinkerbell.events.kinds import Body, Recorded, type_of
 from tinkerbell.events.reading import blobs_of, in_parts
+from tinkerbell.events.removal import why_blob_gone, why_gone
 from tinkerbell.events.rules import record
 from tinkerbell.events.vault import Vault
 
@@ -186,17 +187,21 @@ class DatabaseLog:
     def stored_body(self, at: Entry) -> bytes:
         """See Log."""
         if "body" in at.blobs:
-            return self._blobs.get(at.blobs["body"].hex())
+            return self.stored_blob(at.blobs["body"].hex())
         with self._engine.connect() as connection:
             query = sa.select(t.events.c.body).where(t.events.c.position == at.position)
             stored = connection.execute(query).scalar_one()
-        if stored is None:
-            raise Corrupt(f"event {at.position} has lost its body")
+            if stored is None:
+                raise why_gone(connection, at.position) or Corrupt(f"event {at.position} has lost its body")
         return bytes(stored)
 
     def stored_blob(self, digest: str) -> bytes:
         """See Log."""
-        return self._blobs.get(digest)
+        try:
+            return self._blobs.get(digest)
+        except Corrupt as exc:
+            with self._engine.connect() as connection:
+                raise why_blob_gone(connection, digest) or exc from exc
 
     def key_of(self, stored: bytes) -> bytes | None:
         """See Log."""

@@ -123,7 +123,7 @@ async def show_checkpoint(
     summary="A checkpoint as a tar of a PEFT directory",
     tags=_TAGS,
     media_type=archive.MEDIA_TYPE,
-    responses=problems(404),
+    responses=problems(404, 410),
 )
 async def download_checkpoint(
     checkpoint_id: FromPath[str],
@@ -136,6 +136,8 @@ async def download_checkpoint(
     files = archive.files_of(row, with_optimizer=optimizer)
     if optimizer and archive.OPTIMIZER not in files:
         raise InvalidRequest(f"Checkpoint {checkpoint_id} was kept without its optimizer.")
+    # Before the first byte is sent, while there can be a problem instead.
+    await asyncio.to_thread(context.store.require_blobs, files.values())
 
     async def chunks() -> AsyncIterator[bytes]:
         for name, digest in files.items():

@@ -52,7 +52,7 @@ def _view(context: Context, row: FutureRow, result: Recorded | None) -> wire.Fut
     operation_id="show_future",
     summary="A future",
     tags=_TAGS,
-    responses=problems(404),
+    responses=problems(404, 410),
 )
 async def show_future(
     future_id: FromPath[int],
@@ -61,7 +61,7 @@ async def show_future(
     wait_s: WaitS = 0.0,
 ) -> wire.Future:
     """Waits up to `wait_s` seconds for the answer; a pending one then comes back as it is. Answers are kept
-    forever and may be read any number of times."""
+    until whoever runs the server removes them, and may be read any number of times."""
     return await wait_for(context, principal.tenant, future_id, wait_s)
 
 

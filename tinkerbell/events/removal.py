@@ -1,0 +1,124 @@
+"""Bulk that leaves the log: whose bodies and blobs are gone and why, and the statements that take them out.
+
+What an event says of itself stays, with every hash. An event of the log comes first and says what goes (tenant.erased,
+bulk.compacted); taking it out afterwards can be repeated until it is done.
+"""
+
+import time
+
+import msgspec
+import sqlalchemy as sa
+
+from tinkerbell.errors import Compacted, Erased, Gone
+from tinkerbell.events.tables import blobs, data_keys, erasures, event_blobs, events, removed_bulk
+
+FILE, REMOVED = "file", "removed"
+"""Where a blob is: in the blob directory, or nowhere any more."""
+
+_ERASED = sa.exists().where(erasures.c.tenant == events.c.tenant, erasures.c.position > events.c.position)
+_COMPACTED = sa.exists().where(removed_bulk.c.position == events.c.position)
+
+
+class Bulk(msgspec.Struct, frozen=True, kw_only=True):
+    """What a removal takes out."""
+
+    num_bodies: int = 0
+    """Inline ones; larger ones are among the blobs."""
+    num_blobs: int = 0
+    """Names of blobs: one that others name as well stays."""
+    num_bytes: int = 0
+    """As stored."""
+
+    def __add__(self, other: "Bulk") -> "Bulk":
+        return Bulk(
+            num_bodies=self.num_bodies + other.num_bodies,
+            num_blobs=self.num_blobs + other.num_blobs,
+            num_bytes=self.num_bytes + other.num_bytes,
+        )
+
+
+def bulk_of(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> Bulk:
+    """Bodies and blobs, not removed yet, of the events that this is true of."""
+    mine = sa.and_(condition, ~_ERASED, ~_COMPACTED)
+    length = sa.func.length(events.c.body)
+    bodies, body_bytes = connection.execute(
+        sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(length), 0)).where(mine, events.c.body.is_not(None))
+    ).one()
+    names, blob_bytes = connection.execute(
+        sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(blobs.c.length), 0))
+        .select_from(events.join(event_blobs, event_blobs.c.position == events.c.position))
+        .join(blobs, blobs.c.hash == event_blobs.c.blob_hash)
+        .where(mine)
+    ).one()
+    return Bulk(num_bodies=int(bodies), num_blobs=int(names), num_bytes=int(body_bytes) + int(blob_bytes))
+
+
+def why_gone(connection: sa.Connection, position: int) -> Gone | None:
+    """Why the bulk of the event at this position is not there any more; None: there is no reason."""
+    found = connection.execute(
+        sa.select(events.c.tenant, erasures.c.position, removed_bulk.c.removed_by)
+        .select_from(events)
+        .outerjoin(erasures, sa.and_(erasures.c.tenant == events.c.tenant, erasures.c.position > events.c.position))
+        .outerjoin(removed_bulk, removed_bulk.c.position == events.c.position)
+        .where(events.c.position == position)
+    ).one_or_none()
+    if found is None:
+        return None
+    tenant, erased, compacted = found
+    if erased is not None:
+        return Erased(f"what event {position} held was erased with its tenant {tenant} (event {erased})")
+    if compacted is not None:
+        return Compacted(f"what event {position} held was removed by `tinkerbell db compact` (event {compacted})")
+    return None
+
+
+def why_blob_gone(connection: sa.Connection, digest: str) -> Gone | None:
+    """The same for a blob by its hash (hex)."""
+    named = sa.select(event_blobs.c.position).where(event_blobs.c.blob_hash == bytes.fromhex(digest))
+    positions = connection.execute(named.order_by(event_blobs.c.position)).scalars().all()
+    reasons = [why_gone(connection, position) for position in positions]
+    return reasons[0] if reasons and all(reasons) else None
+
+
+_BEGUN = (
+    sa.select(events.c.created_us)
+    .join(erasures, erasures.c.position == events.c.position)
+    .where(erasures.c.tenant == data_keys.c.tenant)
+    .scalar_subquery()
+)
+_OUTLIVED = sa.and_(data_keys.c.wrapped.is_not(None), data_keys.c.created_us <= _BEGUN)
+"""A data key that its tenant had when it was erased."""
+
+
+def living_keys_of_erased(connection: sa.Connection) -> list[str]:
+    """Tenants that were erased and whose keys of then are still there."""
+    return list(connection.execute(sa.select(data_keys.c.tenant).where(_OUTLIVED)).scalars())
+
+
+def destroy_keys(connection: sa.Connection) -> int:
+    """Destroy the data keys that erased tenants had when they were erased; how many there were."""
+    values = {"wrapped": None, "destroyed_us": time.time_ns() // 1000}
+    return connection.execute(data_keys.update().where(_OUTLIVED).values(values)).rowcount
+
+
+def drop_bodies(connection: sa.Connection) -> int:
+    """Take out the inline bodies of all events that were erased or compacted; how many."""
+    gone = sa.or_(_ERASED, _COMPACTED)
+    return connection.execute(events.update().where(events.c.body.is_not(None), gone).values(body=None)).rowcount
+
+
+def drop_blobs(connection: sa.Connection) -> int:
+    """Mark the blobs as removed that no event needs any more; how many. Their files are still there."""
+    needed = (
+        sa.exists()
+        .select_from(event_blobs.join(events, events.c.position == event_blobs.c.position))
+        .where(event_blobs.c.blob_hash == blobs.c.hash, ~_ERASED, ~_COMPACTED)
+    )
+    done = connection.execute(blobs.update().where(blobs.c.location == FILE, ~needed).values(location=REMOVED))
+    return done.rowcount
+
+
+def removed_blobs(connection: sa.Connection) -> list[str]:
+    """Hashes (hex) of the blobs that are marked as removed."""
+    found = connection.execute(sa.select(blobs.c.hash).where(blobs.c.location == REMOVED)).scalars()
+    return [digest.hex() for digest in found]

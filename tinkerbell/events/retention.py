@@ -1,0 +1,184 @@
+"""Erasing a tenant and compacting old bulk. Nobody else may write to the log meanwhile: hold the scheduler's lease.
+
+Both append an event that says what goes, and then take it out: bodies from their rows, blobs from the store, and for an
+erasure the keys before all. Whatever ends the process in between, doing it again finishes it.
+"""
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+import sqlalchemy as sa
+
+from tinkerbell.errors import Conflict, NotFound
+from tinkerbell.events import removal
+from tinkerbell.events.blobs import BlobStore
+from tinkerbell.events.engine import snapshot
+from tinkerbell.events.kinds import BulkCompacted, KeyRevoked, NewEvent, Recorded, TenantErased
+from tinkerbell.events.removal import Bulk
+from tinkerbell.events.tables import adapters, api_keys, checkpoints, data_keys, erasures, events, futures
+from tinkerbell.types import SYSTEM_TENANT, TenantId
+
+Tell = Callable[[str, float, float], None]
+"""(what is done, done, total)."""
+Append = Callable[..., list[Recorded]]
+Fence = tuple[str, int]
+
+POSITIONS_AT_ONCE = 1000
+"""Most events that one bulk.compacted is about."""
+
+
+class Removal(msgspec.Struct, frozen=True, kw_only=True):
+    """What was taken out just now."""
+
+    bulk: Bulk
+    position: int | None
+    """Of the event that says so; None: nothing new was to be removed."""
+    num_keys_destroyed: int = 0
+    num_keys_revoked: int = 0
+    """API keys."""
+    num_adapters: int = 0
+    num_checkpoints: int = 0
+    num_files: int = 0
+    """Blobs deleted: one that others name as well stays."""
+
+
+class Retention:
+    """Works on the engines of one store."""
+
+    def __init__(
+        self, writer: sa.Engine, reader: sa.Engine, blobs: BlobStore, append: Append, forget: Callable[[TenantId], None]
+    ) -> None:
+        self._writer = writer
+        self._reader = reader
+        self._blobs = blobs
+        self._append = append
+        self._forget = forget
+
+    def erase(self, tenant: TenantId, *, actor: str, fence: Fence, tell: Tell) -> Removal:
+        """Make all that the tenant has stored unreadable and take it out.
+
+        Raises NotFound for a tenant that the log has nothing of, Conflict while it has pending requests.
+        """
+        with snapshot(self._reader) as connection:
+            event, keys, anything = self._plan_erasure(connection, tenant)
+        position = None
+        bulk = Bulk(num_bodies=event.num_bodies, num_blobs=event.num_blobs, num_bytes=event.num_bytes)
+        if anything:
+            stream = f"tenant/{tenant}"
+            said = [KeyRevoked(key_id=key) for key in keys]
+            news = [NewEvent(event=each, tenant=tenant, stream=stream, actor=actor, fence=fence) for each in said]
+            erased = NewEvent(event=event, tenant=tenant, stream=stream, actor=actor, fence=fence)
+            position = self._append(*news, erased)[-1].position
+        num_keys, num_files = self._take_out(tell)
+        self._forget(tenant)
+        tell("rewriting the database", 0, 1)
+        self._rewrite()
+        return Removal(
+            bulk=bulk,
+            position=position,
+            num_keys_destroyed=num_keys,
+            num_keys_revoked=len(keys),
+            num_adapters=len(event.adapters),
+            num_checkpoints=len(event.checkpoints),
+            num_files=num_files,
+        )
+
+    def plan(self, tenant: TenantId) -> TenantErased:
+        """What `erase` would say. Raises as it does."""
+        with snapshot(self._reader) as connection:
+            return self._plan_erasure(connection, tenant)[0]
+
+    def compact(
+        self, tenant: TenantId, positions: Sequence[int], before_us: int, *, actor: str, fence: Fence, tell: Tell
+    ) -> Bulk:
+        """Take out the bodies and blobs of these events of a tenant. What of it is gone already is not counted."""
+        total = Bulk()
+        for start in range(0, len(positions), POSITIONS_AT_ONCE):
+            tell(f"compacting {tenant}", start, len(positions))
+            part = list(positions[start : start + POSITIONS_AT_ONCE])
+            bulk = self.bulk_at(part)
+            said = BulkCompacted(before_us=before_us, positions=part, **msgspec.structs.asdict(bulk))
+            stream = f"tenant/{tenant}"
+            self._append(NewEvent(event=said, tenant=tenant, stream=stream, actor=actor, fence=fence))
+            total += bulk
+        return total
+
+    def finish_compaction(self, tell: Tell) -> int:
+        """Take out what was said to be removed, and give the space back; how many files were deleted."""
+        _, num_files = self._take_out(tell)
+        tell("rewriting the database", 0, 1)
+        self._rewrite()
+        return num_files
+
+    def bulk_at(self, positions: Sequence[int]) -> Bulk:
+        """What these events have of bodies and blobs."""
+        with self._reader.connect() as connection:
+            return removal.bulk_of(connection, events.c.position.in_(positions))
+
+    def _plan_erasure(self, connection: sa.Connection, tenant: TenantId) -> tuple[TenantErased, list[str], bool]:
+        """(event, API keys to revoke, whether there is anything to erase)."""
+        mine = events.c.tenant == tenant
+        known = connection.execute(sa.select(events.c.position).where(mine).limit(1)).first()
+        if known is None or tenant == SYSTEM_TENANT:
+            raise NotFound(f"the log has nothing of a tenant {tenant}")
+        waiting = sa.select(sa.func.count()).where(futures.c.tenant == tenant, futures.c.state == "pending")
+        if num_pending := connection.execute(waiting).scalar_one():
+            raise Conflict(
+                f"{num_pending} requests of tenant {tenant} have no answer yet; let a server answer them, or remove its"
+                " adapters, and then stop it"
+            )
+
+        def names(column: sa.Column[str], *conditions: sa.ColumnElement[bool]) -> list[str]:
+            return list(connection.execute(sa.select(column).where(*conditions).order_by(column)).scalars())
+
+        keys = names(api_keys.c.key_id, api_keys.c.tenant == tenant, api_keys.c.revoked_us.is_(None))
+        living = sa.select(data_keys.c.id).where(data_keys.c.tenant == tenant, data_keys.c.wrapped.is_not(None))
+        data = [key.hex() for key in connection.execute(living.order_by(data_keys.c.id)).scalars()]
+        alive = names(adapters.c.id, adapters.c.tenant == tenant, adapters.c.state == "ready")
+        bulk = removal.bulk_of(connection, mine)
+        before = connection.execute(sa.select(erasures.c.position).where(erasures.c.tenant == tenant)).scalar() or 0
+        event = TenantErased(
+            adapters=alive,
+            checkpoints=names(checkpoints.c.id, checkpoints.c.tenant == tenant, checkpoints.c.position > before),
+            data_keys=data,
+            **msgspec.structs.asdict(bulk),
+        )
+        # Keys of a tenant that was erased before belong to that erasure, which is finished now.
+        anything = not before or bool(alive or keys or bulk.num_bodies or bulk.num_blobs)
+        return event, keys, anything
+
+    def _take_out(self, tell: Tell) -> tuple[int, int]:
+        """(data keys destroyed, files deleted) for whatever the log says is removed."""
+        tell("taking bodies out", 0, 1)
+        if self._writer.dialect.name == "sqlite":
+            self._pragma("secure_delete=ON")
+        with self._writer.begin() as connection:
+            num_keys = removal.destroy_keys(connection)
+            removal.drop_bodies(connection)
+            removal.drop_blobs(connection)
+        with self._reader.connect() as connection:
+            removed = removal.removed_blobs(connection)
+        num_files = 0
+        for number, digest in enumerate(removed):
+            tell("deleting blobs", number, len(removed))
+            num_files += self._blobs.delete(digest)
+        return num_keys, num_files
+
+    def _rewrite(self) -> None:
+        """Leave nothing of what was taken out in pages that are free, or in SQLite's write-ahead log."""
+        if self._writer.dialect.name == "sqlite":
+            for statement in ("wal_checkpoint(TRUNCATE)", None, "wal_checkpoint(TRUNCATE)"):
+                self._pragma(statement)
+        else:
+            # Only FULL writes the tables anew: after a plain one dead rows can still be read from the files.
+            with self._reader.connect() as connection:
+                for table in (events.name, data_keys.name):
+                    connection.exec_driver_sql(f"VACUUM (FULL) {table}")
+
+    def _pragma(self, pragma: str | None) -> None:
+        """Run a pragma, or VACUUM, outside of any transaction."""
+        raw = self._writer.raw_connection()
+        try:
+            raw.driver_connection.execute(f"PRAGMA {pragma}" if pragma else "VACUUM").fetchall()  # type: ignore[union-attr]
+        finally:
+            raw.close()
