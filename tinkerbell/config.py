@@ -63,7 +63,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Most adapters that the executor keeps while they are idle; those unused for longest leave it for the log, from
     where they come back when they are wanted."""
     checkpoint_every_steps: Count = 20
-    """Recovery points: at most this many optimizer steps are executed again after a crash."""
+    """Recovery points: at most this many optimizer steps are executed again after a crash,"""
+    checkpoint_every_s: Annotated[float, Meta(gt=0)] | None = 60.0
+    """and of those at most so many seconds old; None: steps alone decide."""
     durability: Literal["full", "relaxed"] = "full"
     """relaxed: the last commits may be lost with the machine's power, never with a process; shown in /healthz."""
     encryption: Literal["on", "off"] = "on"
@@ -75,6 +77,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     seal_every_hours: Annotated[float, Meta(gt=0)] | None = 24.0
     """How often the scheduler's leader seals the log; None: only `tinkerbell audit seal` does."""
     lease_ttl_s: Annotated[float, Meta(gt=0, le=3600)] = 10.0
+    executor_silence_s: Annotated[float, Meta(ge=5, le=86400)] = 60.0
+    """An executor process that gives no sign of life for so long is killed and started again."""
     limits: Limits = Limits()
 
     @property

@@ -623,3 +623,15 @@ def test_requests_that_race_with_the_removal_of_their_adapter_are_all_answered(s
             thread.join(30)
         assert len(asker.answers()) >= 5
         assert service.failed is None
+
+
+def test_an_adapter_that_rests_gets_a_recovery_point_in_time(store, serve):
+    serve(checkpoint_every_steps=1000, checkpoint_every_s=0.3)
+    asker = Asker(store, "alice", "ad_rests")
+    asker.add_lora()
+    asker.train([datum(random.Random(1), 8)])
+    asker.step()
+    asker.answers()
+    wait_until(lambda: types_of(store, "checkpoint.written") != [])
+    (written,) = types_of(store, "checkpoint.written")
+    assert (written.event.step, written.event.state_digest) == (1, asker.digest())

@@ -289,3 +289,23 @@ def test_what_a_library_prints_does_not_disturb_the_frames(tmp_path: Path, monke
             assert isinstance(result.results[0], UnitFailed)
 
     run(test)
+
+
+def test_a_stopped_child_is_killed_and_a_busy_one_is_not() -> None:
+    async def test() -> None:
+        link = ExecutorLink("fake", ExecutorOptions(extra={"latency_us": "4000000"}), silence_s=2.0)
+        await link.start()
+        try:
+            await link.create("ad_1", LORA, 1)
+            busy = await link.run(batch(1))
+            assert busy.busy_us > 3_000_000
+            assert link.pid is not None
+            call = asyncio.create_task(link.run(batch(2)))
+            os.kill(link.pid, signal.SIGSTOP)
+            with pytest.raises(ExecutorDied, match="SIGKILL"):
+                await call
+            assert not link.alive
+        finally:
+            await link.stop(0.5)
+
+    run(test)

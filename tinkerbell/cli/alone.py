@@ -1,8 +1,5 @@
 """For commands that change what is stored: no server may run on the log meanwhile."""
 
-import os
-import secrets
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +17,14 @@ TTL_S = 30.0
 @contextmanager
 def alone(store: "EventStore", what: str) -> Iterator["Lease"]:
     """The scheduler's lease, which every server needs, kept until the end. Raises Conflict while a server has it."""
+    from tinkerbell.events.holders import name_this_process
     from tinkerbell.scheduler.service import RESOURCE
 
-    holder = f"{what} on {socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
-    lease = store.acquire_lease(RESOURCE, holder, TTL_S)
+    lease = store.acquire_lease(RESOURCE, name_this_process(what), TTL_S)
     if lease is None:
         raise Conflict(
-            "a server is running on this log: stop it first, all of its processes. One that was killed keeps its lease"
-            " for a few seconds more (`lease_ttl_s`)"
+            "a server is running on this log: stop it first, all of its processes. One that was killed on another"
+            " machine keeps its lease for a few seconds more (`lease_ttl_s`)"
         )
     done = threading.Event()
 

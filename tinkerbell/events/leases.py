@@ -6,6 +6,7 @@ import msgspec
 import sqlalchemy as sa
 
 from tinkerbell.events.codec import Prepared, prepare
+from tinkerbell.events.holders import has_ended
 from tinkerbell.events.kinds import LeaseGranted, NewEvent
 from tinkerbell.events.rules import LeaseFacts
 from tinkerbell.events.tables import leases
@@ -22,7 +23,7 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """Take the lease if it is free or expired."""
+    """Take the lease if it is free or expired, or its holder has ended."""
 
     resource: str
     holder: str
@@ -53,8 +54,8 @@ def stream_of(resource: str) -> str:
 
 
 def grant(claim: Claim, facts: LeaseFacts | None, now_us: int) -> tuple[Lease, Prepared] | None:
-    """The lease and the event that grants it; None while somebody holds it."""
-    if facts is not None and facts.expires_us > now_us:
+    """The lease and the event that grants it; None while somebody holds it who may still be there."""
+    if facts is not None and facts.expires_us > now_us and not has_ended(facts.holder):
         return None
     lease = Lease(resource=claim.resource, holder=claim.holder, epoch=facts.epoch + 1 if facts else 1)
     event = LeaseGranted(resource=lease.resource, holder=lease.holder, epoch=lease.epoch)

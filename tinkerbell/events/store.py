@@ -207,7 +207,8 @@ class EventStore:
     # ---- leases ----------------------------------------------------------------------------------------------------
 
     def acquire_lease(self, resource: str, holder: str, ttl_s: float) -> Lease | None:
-        """The lease with a new epoch if it is free or expired; None while anybody holds it, the same holder too."""
+        """The lease with a new epoch if it is free or expired, or its holder (as named by holders.py) has ended; None
+        while anybody holds it, the same holder too."""
         lease: Lease | None = self._call(Claim(resource, holder, int(ttl_s * 1_000_000)))
         return lease
 

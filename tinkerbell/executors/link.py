@@ -22,6 +22,8 @@ from tinkerbell.types import AdapterId, LoraConfig
 T = TypeVar("T")
 R = TypeVar("R", bound=protocol.Reply)
 
+SILENCE_S = 60.0
+
 BUFFER_BYTES = 4 * 1024 * 1024
 """Of one read from the socket: checkpoints are hundreds of megabytes."""
 
@@ -47,6 +49,9 @@ class _Child:
         self.writer = writer
         self.waiting: deque[asyncio.Future[protocol.Reply]] = deque()
         self.pump: asyncio.Task[None] | None = None
+        self.watch: asyncio.Task[None] | None = None
+        self.heard = True
+        """Since the watch last looked."""
         self.ended = False
         """No reply will come any more."""
 
@@ -55,13 +60,15 @@ class ExecutorLink:
     """One executor process. All methods belong to one event loop; calls are answered in order.
 
     After the process died, every call in flight and every later one raises ExecutorDied until `start` is
-    called again. A cancelled call is still carried out by the child; its answer is dropped.
+    called again. A cancelled call is still carried out by the child; its answer is dropped. A process that has started
+    and then gives no sign of life for `silence_s` hangs or was stopped: it is killed.
     """
 
-    def __init__(self, kind: str, options: ExecutorOptions) -> None:
+    def __init__(self, kind: str, options: ExecutorOptions, silence_s: float = SILENCE_S) -> None:
         """`kind`: an entry point of the group tinkerbell.executors. Nothing is started yet."""
         self.kind = kind
         self._options = options
+        self._silence_s = silence_s
         self._child: _Child | None = None
 
     @property
@@ -87,6 +94,7 @@ class ExecutorLink:
         except BaseException:
             await self.stop()
             raise
+        self._child.watch = asyncio.create_task(self._watch(self._child), name=f"executor-{self.kind}-watch")
         log.info("executor started", extra={"executor": self.kind, "pid": self.pid, "busy_us": reply.busy_us})
         return reply.environment
 
@@ -186,7 +194,10 @@ class ExecutorLink:
         try:
             while True:
                 header = await child.reader.readexactly(protocol.HEADER.size)
-                body = await child.reader.readexactly(protocol.frame_length(header))
+                child.heard = True
+                if not (length := protocol.frame_length(header)):
+                    continue
+                body = await child.reader.readexactly(length)
                 answer = child.waiting.popleft()
                 if not answer.done():
                     answer.set_result(protocol.reply_decoder.decode(body))
@@ -198,12 +209,29 @@ class ExecutorLink:
         finally:
             child.ended = True
             child.writer.close()
+            if child.watch is not None:
+                child.watch.cancel()
         code = await _exit_code(child.process, 10.0)
         died = ExecutorDied(f"the {self.kind} executor (pid {child.process.pid}) {_ending(code)}")
         while child.waiting:
             answer = child.waiting.popleft()
             if not answer.done():
                 answer.set_exception(died)
+
+    async def _watch(self, child: _Child) -> None:
+        """Kill the process when nothing came from it between many looks. Looks are counted, not seconds: while this
+        process was stopped itself nobody heard anything."""
+        looks = max(1, round(self._silence_s / protocol.BEAT_S))
+        silent = 0
+        while silent < looks:
+            await asyncio.sleep(self._silence_s / looks)
+            silent = 0 if child.heard else silent + 1
+            child.heard = False
+        log.error(
+            "executor `%s` (pid %d) gave no sign of life for %g s; it is killed",
+            *(self.kind, child.process.pid, self._silence_s),
+        )
+        child.process.kill()
 
 
 async def _exit_code(process: "subprocess.Popen[bytes]", timeout_s: float | None) -> int | None:

@@ -1,7 +1,7 @@
 """Messages between a server and its executor process, and the frames they travel in.
 
 A frame is an 8-byte little-endian length and that many bytes of msgpack. The parent sends commands, the child
-answers each with one reply, in order.
+answers each with one reply, in order. In between it sends empty frames, as a sign of life.
 """
 
 import socket
@@ -14,6 +14,10 @@ from tinkerbell.executors.port import AdapterReport, AdapterState, Batch, BatchR
 from tinkerbell.types import AdapterId, Category, LoraConfig
 
 HEADER = struct.Struct("<Q")
+BEAT = HEADER.pack(0)
+"""An empty frame: the child says that it runs, whatever it is busy with."""
+BEAT_S = 1.0
+"""How often."""
 MAX_FRAME_BYTES = 1 << 36
 """A longer announced length can only be a stream that lost its place."""
 

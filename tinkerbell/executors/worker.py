@@ -5,6 +5,7 @@ parent; imports nothing but msgspec, the port and the backend, so that it can ru
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import select
@@ -73,15 +74,41 @@ class Worker:
         raise AssertionError(f"no such command: {command}")
 
 
+class Voice:
+    """The child's end of the stream, for threads that each send whole frames."""
+
+    def __init__(self, stream: socket.socket) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+
+    def say(self, frame: bytes | bytearray) -> None:
+        """Raises OSError where the parent is gone."""
+        with self._lock:
+            self._stream.sendall(frame)
+
+    def beat(self) -> None:
+        """Say in a thread of its own that this process runs, as long as there is somebody to say it to."""
+
+        def run() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    self.say(protocol.BEAT)
+                    time.sleep(protocol.BEAT_S)
+
+        threading.Thread(target=run, name="beat", daemon=True).start()
+
+
 def serve(kind: str, stream: socket.socket) -> None:
     """Answer commands until Stop or the end of the stream."""
     worker = Worker(kind)
+    voice = Voice(stream)
+    voice.beat()
     while (body := protocol.read_frame(stream)) is not None:
         command = protocol.command_decoder.decode(body)
         del body  # a load's weights need not be held twice
         if isinstance(command, protocol.Stop):
             return
-        stream.sendall(worker.answer(command))
+        voice.say(worker.answer(command))
 
 
 def exit_with_parent(stream: socket.socket) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import logging
+import math
 import secrets
 
 from tinkerbell.events.kinds import CheckpointWritten
@@ -18,15 +19,19 @@ log = logging.getLogger("tinkerbell.scheduler")
 class Checkpoints:
     """Takes snapshots between batches; hashing and writing happen beside everything else."""
 
-    def __init__(self, journal: Journal, residency: Residency, every_steps: int) -> None:
+    def __init__(self, journal: Journal, residency: Residency, every_steps: int, every_s: float | None) -> None:
         self._journal = journal
         self._residency = residency
         self._every_steps = every_steps
+        self._every_s = math.inf if every_s is None else every_s
 
     async def write_due(self, link: ExecutorLink) -> None:
-        """For every adapter that is `every_steps` past its last one. Raises ExecutorDied."""
+        """For every adapter that is `every_steps` or `every_s` past its last one. Raises ExecutorDied."""
+        now_s = asyncio.get_running_loop().time()
         for resident in self._residency.moved():
-            if resident.steps_ahead >= self._every_steps:
+            if resident.ahead_since_s is None:
+                resident.ahead_since_s = now_s
+            if resident.steps_ahead >= self._every_steps or now_s - resident.ahead_since_s >= self._every_s:
                 await self.write(link, resident)
 
     async def write_all(self, link: ExecutorLink, deadline: float) -> None:
@@ -52,6 +57,7 @@ class Checkpoints:
         )
         self._journal.checkpoint(resident, event, blobs)
         resident.steps_ahead = 0
+        resident.ahead_since_s = None
 
 
 def new_checkpoint_id() -> CheckpointId:

@@ -44,7 +44,7 @@ class ExecutorHost:
             threads=settings.threads,
             extra=settings.executor_options,
         )
-        self.link = ExecutorLink(settings.executor, self._options)
+        self.link = ExecutorLink(settings.executor, self._options, settings.executor_silence_s)
         self.environment: EnvironmentRecorded | None = None
         self._deaths = 0
         """Since a batch last succeeded."""

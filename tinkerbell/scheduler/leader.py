@@ -68,7 +68,9 @@ class Leader:
         self._control = Control(recovery, self._residency)
         self._commits = Commits(store, on_failure=self._wake.set)
         self._journal = Journal(self._commits, lease)
-        self._checkpoints = Checkpoints(self._journal, self._residency, settings.checkpoint_every_steps)
+        self._checkpoints = Checkpoints(
+            self._journal, self._residency, settings.checkpoint_every_steps, settings.checkpoint_every_s
+        )
         self._eviction = Eviction(self._residency, self._checkpoints, settings.max_resident_adapters)
         self._settlement = Settlement(cost, self._shares, self._residency)
         every_h = settings.seal_every_hours
@@ -168,6 +170,7 @@ class Leader:
         resident = self._residency
         match batching.plan(self._pending, self._shares, self._price, self._limits, resident):
             case None:
+                await self._write_checkpoints()
                 return bool(orphans)
             case Measure(request):
                 await self._read_body(request)
@@ -249,6 +252,10 @@ class Leader:
         )
         for request in plan.requests:
             self._residency.use(request.adapter)
+        await self._write_checkpoints()
+
+    async def _write_checkpoints(self) -> None:
+        """Those that are due, and those of adapters that have to leave the executor."""
         try:
             await self._checkpoints.write_due(self._host.link)
             await self._eviction.make_room(self._host.link, self._pending)

@@ -21,6 +21,8 @@ class Resident:
     """Position of that request."""
     steps_ahead: int = 0
     """Optimizer steps since the last checkpoint."""
+    ahead_since_s: float | None = None
+    """When the first of them was seen, by the event loop's clock."""
 
     def stepped(self, seq: int, position: int, step: int, state_digest: str) -> None:
         """It took an optimizer step."""

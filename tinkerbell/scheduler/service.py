@@ -3,15 +3,13 @@
 import asyncio
 import contextlib
 import logging
-import os
-import secrets
-import socket
 import threading
 
 import sqlalchemy.exc
 
 from tinkerbell.config import Settings
 from tinkerbell.errors import AlreadyAnswered, ExecutorDied, Fenced, NotFound, ServerError, Unavailable
+from tinkerbell.events.holders import name_this_process
 from tinkerbell.events.leases import Lease
 from tinkerbell.events.store import EventStore
 from tinkerbell.scheduler.cost import CostModel
@@ -40,7 +38,7 @@ class SchedulerService:
         self.failed: Exception | None = None
         self._store = store
         self._settings = settings
-        self._holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._holder = name_this_process()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._started: threading.Event = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
