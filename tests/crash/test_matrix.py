@@ -1,0 +1,175 @@
+"""A server dies at any line of what writes, plans, executes, checkpoints and keeps, two or three times in a row; every
+client gets every answer, the same as if nothing had happened, and the log holds.
+
+The default run takes a slice; `make test-crash` takes everything.
+"""
+
+import itertools
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import pytest
+import sqlalchemy as sa
+
+from tests.crash import lives
+from tests.crash.lives import FAKE, Outcome, Schedule, Site
+from tests.crash.workload import Answers
+from tests.support.tiny_model import write_tiny_model
+from tinkerbell.cli.bench.postgres import ScratchPostgres
+from tinkerbell.config import Settings
+
+NUM_STEPS = 4
+AT_ONCE = 3
+"""Schedules: a server spends half its life starting, and clients wait for it."""
+
+MakeSettings = Callable[[], Settings]
+Counted = tuple[list[Site], list[Answers]]
+Tell = Callable[[str], None]
+
+
+def sqlite_maker(directory: Path, template: Path) -> MakeSettings:
+    """Makes a data directory with a database of its own, each time."""
+    numbers = itertools.count()
+
+    def make() -> Settings:
+        data_dir = directory / f"data-{next(numbers)}"
+        data_dir.mkdir()
+        shutil.copyfile(template, data_dir / "tinkerbell.db")
+        return Settings(data_dir=str(data_dir), executor="fake")
+
+    return make
+
+
+@pytest.fixture
+def make_sqlite(tmp_path: Path, sqlite_template: Path) -> MakeSettings:
+    return sqlite_maker(tmp_path, sqlite_template)
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path) -> Counted:
+    """With the fake executor. Which lines there are and what is answered does not depend on the database."""
+    directory = tmp_path_factory.mktemp("counted")
+    return lives.count(sqlite_maker(directory, sqlite_template), directory / "counts", num_steps=NUM_STEPS)
+
+
+@pytest.fixture
+def make_postgres(make_sqlite: MakeSettings, postgres: ScratchPostgres) -> Iterator[MakeSettings]:
+    numbers = itertools.count()
+    one_at_a_time = threading.Lock()
+    admin = sa.create_engine(postgres.url(), isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    made: list[str] = []
+
+    def make() -> Settings:
+        with one_at_a_time, admin.connect() as connection:
+            made.append(f"crash_{next(numbers)}")
+            connection.exec_driver_sql(f"CREATE DATABASE {made[-1]}")
+            return msgspec.structs.replace(make_sqlite(), database_url=postgres.url(made[-1]))
+
+    yield make
+    with admin.connect() as connection:
+        for name in made:
+            connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+class Matrix:
+    """Runs schedules side by side and adds up what happened."""
+
+    def __init__(self, make: MakeSettings, counted: Counted, options: Sequence[str] = FAKE) -> None:
+        self._make = make
+        self._options = options
+        self.sites, self._expected = counted
+        self.crashed: set[Site] = set()
+        self.num_crashes = 0
+        self.num_schedules = 0
+        """With at least one crash."""
+        self.num_twice = 0
+        """With at least two."""
+
+    def run(self, num: int, seed: int, tell: Tell = lambda _: None) -> None:
+        """Until so many schedules had a crash; a third more are tried at most, since a line may not be reached."""
+        schedules = itertools.islice(lives.draw(self.sites, seed), num + num // 3 + 2)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for some in iter(lambda: list(itertools.islice(schedules, AT_ONCE * 4)), []):
+                for schedule, outcome in zip(some, pool.map(self._one, some), strict=True):
+                    self._add(schedule, outcome)
+                tell(self.summary())
+                if self.num_schedules >= num:
+                    return
+        raise AssertionError(f"too few crashes: {self.summary()}")
+
+    def summary(self) -> str:
+        """In words."""
+        return (
+            f"{self.num_schedules} schedules, {self.num_crashes} crashes ({self.num_twice} schedules with two or more)"
+            f" at {len(self.crashed)} of {len(self.sites)} lines"
+        )
+
+    def _one(self, schedule: Schedule) -> Outcome:
+        settings = self._make()
+        outcome = lives.run(settings, schedule, num_steps=NUM_STEPS, options=self._options)
+        different = _first_difference(outcome.answers, self._expected)
+        assert different is None, f"{schedule}: {different}"
+        shutil.rmtree(settings.data_dir)
+        return outcome
+
+    def _add(self, schedule: Schedule, outcome: Outcome) -> None:
+        self.crashed |= {crash.site for crash in outcome.carried_out}
+        self.num_crashes += len(outcome.carried_out)
+        self.num_schedules += bool(outcome.carried_out)
+        self.num_twice += len(outcome.carried_out) > 1
+
+
+def _first_difference(found: list[Answers], expected: list[Answers]) -> str | None:
+    for client, (mine, other) in enumerate(zip(found, expected, strict=True)):
+        for number, (one, two) in enumerate(zip(mine, other, strict=True)):
+            if one != two:
+                return f"answer {number} of client {client} is {one} and was {two}"
+    return None
+
+
+@pytest.fixture
+def tell(capsys: pytest.CaptureFixture[str]) -> Tell:
+    """Says how far it is, past pytest's capture: the whole takes minutes."""
+
+    def say(text: str) -> None:
+        with capsys.disabled():
+            sys.stdout.write(f"\n  {text}")
+            sys.stdout.flush()
+
+    return say
+
+
+def test_a_slice_on_sqlite(make_sqlite: MakeSettings, counted: Counted) -> None:
+    Matrix(make_sqlite, counted).run(4, seed=1)
+
+
+@pytest.mark.postgres
+def test_a_slice_on_postgres(make_postgres: MakeSettings, counted: Counted) -> None:
+    Matrix(make_postgres, counted).run(2, seed=2)
+
+
+@pytest.mark.crash
+@pytest.mark.timeout(3000)
+def test_the_matrix_on_sqlite(make_sqlite: MakeSettings, counted: Counted, tell: Tell) -> None:
+    Matrix(make_sqlite, counted).run(300, seed=11, tell=tell)
+
+
+@pytest.mark.crash
+@pytest.mark.postgres
+@pytest.mark.timeout(2000)
+def test_the_matrix_on_postgres(make_postgres: MakeSettings, counted: Counted, tell: Tell) -> None:
+    Matrix(make_postgres, counted).run(100, seed=12, tell=tell)
+
+
+@pytest.mark.crash
+@pytest.mark.timeout(1500)
+def test_the_matrix_on_hf(make_sqlite: MakeSettings, tmp_path: Path, tell: Tell) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    options = ("--executor", "hf", "--model", str(model), "--threads", "1")
+    counted = lives.count(make_sqlite, tmp_path / "counts", num_steps=NUM_STEPS, options=options)
+    Matrix(make_sqlite, counted, options).run(20, seed=13, tell=tell)
