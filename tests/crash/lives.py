@@ -49,6 +49,10 @@ FILES = (
 """Writer, blob store, leader, checkpoint writer, executor link on both ends, and where requests come in."""
 
 
+NUM_STEPS = 4
+"""Of each client, where a test does not want more."""
+
+
 @dataclass(frozen=True)
 class Site:
     """A line that a process of this role crosses."""
@@ -99,6 +103,12 @@ class Outcome:
     num_lost: int
     """Attempts of clients without an answer."""
     wall_s: float
+
+
+MakeSettings = Callable[[], Settings]
+"""Settings of a new, empty database and a data directory of its own."""
+Counted = tuple[list[Site], list[Answers]]
+"""The lines there are, and what clients are told."""
 
 
 def free_port() -> int:

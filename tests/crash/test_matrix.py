@@ -6,74 +6,21 @@ The default run takes a slice; `make test-crash` takes everything.
 
 import itertools
 import shutil
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import msgspec
 import pytest
-import sqlalchemy as sa
 
 from tests.crash import lives
-from tests.crash.lives import FAKE, Outcome, Schedule, Site
+from tests.crash.lives import FAKE, NUM_STEPS, Counted, MakeSettings, Outcome, Schedule, Site
 from tests.crash.workload import Answers
 from tests.support.tiny_model import write_tiny_model
-from tinkerbell.cli.bench.postgres import ScratchPostgres
-from tinkerbell.config import Settings
 
-NUM_STEPS = 4
 AT_ONCE = 3
 """Schedules: a server spends half its life starting, and clients wait for it."""
 
-MakeSettings = Callable[[], Settings]
-Counted = tuple[list[Site], list[Answers]]
 Tell = Callable[[str], None]
-
-
-def sqlite_maker(directory: Path, template: Path) -> MakeSettings:
-    """Makes a data directory with a database of its own, each time."""
-    numbers = itertools.count()
-
-    def make() -> Settings:
-        data_dir = directory / f"data-{next(numbers)}"
-        data_dir.mkdir()
-        shutil.copyfile(template, data_dir / "tinkerbell.db")
-        return Settings(data_dir=str(data_dir), executor="fake")
-
-    return make
-
-
-@pytest.fixture
-def make_sqlite(tmp_path: Path, sqlite_template: Path) -> MakeSettings:
-    return sqlite_maker(tmp_path, sqlite_template)
-
-
-@pytest.fixture(scope="module")
-def counted(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path) -> Counted:
-    """With the fake executor. Which lines there are and what is answered does not depend on the database."""
-    directory = tmp_path_factory.mktemp("counted")
-    return lives.count(sqlite_maker(directory, sqlite_template), directory / "counts", num_steps=NUM_STEPS)
-
-
-@pytest.fixture
-def make_postgres(make_sqlite: MakeSettings, postgres: ScratchPostgres) -> Iterator[MakeSettings]:
-    numbers = itertools.count()
-    one_at_a_time = threading.Lock()
-    admin = sa.create_engine(postgres.url(), isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
-    made: list[str] = []
-
-    def make() -> Settings:
-        with one_at_a_time, admin.connect() as connection:
-            made.append(f"crash_{next(numbers)}")
-            connection.exec_driver_sql(f"CREATE DATABASE {made[-1]}")
-            return msgspec.structs.replace(make_sqlite(), database_url=postgres.url(made[-1]))
-
-    yield make
-    with admin.connect() as connection:
-        for name in made:
-            connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 class Matrix:
@@ -130,18 +77,6 @@ def _first_difference(found: list[Answers], expected: list[Answers]) -> str | No
             if one != two:
                 return f"answer {number} of client {client} is {one} and was {two}"
     return None
-
-
-@pytest.fixture
-def tell(capsys: pytest.CaptureFixture[str]) -> Tell:
-    """Says how far it is, past pytest's capture: the whole takes minutes."""
-
-    def say(text: str) -> None:
-        with capsys.disabled():
-            sys.stdout.write(f"\n  {text}")
-            sys.stdout.flush()
-
-    return say
 
 
 def test_a_slice_on_sqlite(make_sqlite: MakeSettings, counted: Counted) -> None:

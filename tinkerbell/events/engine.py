@@ -13,6 +13,9 @@ from tinkerbell.errors import InvalidRequest, MissingPackage, Unavailable
 BUSY_TIMEOUT_MS = 30_000
 """How long a SQLite connection waits for another process's write."""
 
+STOPPED_WRITER_S = 5.0
+"""How long a transaction may rest between two statements; they follow each other within milliseconds."""
+
 
 def _identity(value: Any) -> Any:
     """JSON columns carry canonical text, made and read by codec.py."""
@@ -71,7 +74,7 @@ def make_engine(
         except ModuleNotFoundError as exc:
             raise MissingPackage("Postgres needs: pip install 'tinkerbell-server[postgres]'") from exc
         if role == "writer":
-            _set_synchronous_commit(engine, durability)
+            _prepare_postgres(engine, durability)
     if role == "reader":
         _name_outages(engine)
     return engine
@@ -114,12 +117,15 @@ def _prepare_sqlite(engine: sa.Engine, role: str, durability: str) -> None:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def _set_synchronous_commit(engine: sa.Engine, durability: str) -> None:
+def _prepare_postgres(engine: sa.Engine, durability: str) -> None:
     value = "on" if durability == "full" else "off"
+    # A process that is stopped in the middle of a transaction holds the append lock; Postgres then ends its session.
+    idle_ms = int(STOPPED_WRITER_S * 1000)
 
     @sa.event.listens_for(engine, "connect")
     def connect(connection: Any, _record: Any) -> None:
         connection.execute(f"SET synchronous_commit = {value}")
+        connection.execute(f"SET idle_in_transaction_session_timeout = {idle_ms}")
         connection.commit()
 
 
