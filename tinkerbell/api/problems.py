@@ -12,7 +12,15 @@ from litestar.openapi.datastructures import ResponseSpec
 
 from tinkerbell import wire
 from tinkerbell.api.correlation import correlation_of
-from tinkerbell.errors import InvalidRequest, NotFound, ServerError, TinkerbellError, TooLarge, Unauthorized
+from tinkerbell.errors import (
+    InvalidRequest,
+    NotFound,
+    ServerError,
+    TinkerbellError,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+)
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -66,6 +74,8 @@ def answer_tinkerbell_error(request: AnyRequest, error: TinkerbellError) -> Resp
         headers["WWW-Authenticate"] = "Bearer"
     if (retry_after_s := error.extra.get("retry_after_s")) is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+    elif isinstance(error, Unavailable):
+        headers["Retry-After"] = "1"
     if isinstance(error, ServerError):
         log.warning(
             "%s %s: %s: %s [%s]",

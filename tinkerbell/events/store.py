@@ -1,6 +1,7 @@
 """The event store: append (atomic, idempotent, fenced), read, subscribe, leases. Synchronous and thread-safe."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -27,6 +28,8 @@ from tinkerbell.events.tail import Callback, Tail
 from tinkerbell.events.vault import Vault
 from tinkerbell.events.writer import GROUP_EVENTS, BlobRef, Entry, Item, Writer
 from tinkerbell.types import SYSTEM_TENANT
+
+log = logging.getLogger(__name__)
 
 
 class EventStore:
@@ -118,7 +121,11 @@ class EventStore:
 
     def _item(self, new: NewEvent) -> Item:
         prepared = codec.prepare(new, partial(self._vault.seal, new.tenant) if self._encrypt else None)
-        refs = {name: BlobRef(self._blobs.put(data), len(data)) for name, data in prepared.blobs.items()}
+        try:
+            refs = {name: BlobRef(self._blobs.put(data), len(data)) for name, data in prepared.blobs.items()}
+        except OSError as exc:
+            log.error("the blob store did not take a write: %s", exc)
+            raise Unavailable("the blob store did not take the write") from exc
         return Item(codec.without_bulk(prepared), refs)
 
     # ---- read ------------------------------------------------------------------------------------------------------
