@@ -148,6 +148,12 @@ class Lives:
         self.failure: str | None = None
 
     @property
+    def pid(self) -> int:
+        """Of the server in its present life."""
+        assert self._server is not None
+        return self._server.pid
+
+    @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
