@@ -1,14 +1,17 @@
 """A server that lives several times: each life ends at a line that a plan names, and the next one begins."""
 
+import functools
 import json
 import os
 import random
+import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count as count_up
+from itertools import pairwise
 from pathlib import Path
 
 from tests.crash import history, workload
@@ -49,6 +52,15 @@ FILES = (
 """Writer, blob store, leader, checkpoint writer, executor link on both ends, and where requests come in."""
 
 
+BORDER = re.compile(
+    r"\bawait\b|\bcommit\(|\bbegin\(|fsync|\.replace\(|_sync_|\bsubmit|\.put\(|\b_?insert\(|\bexecute\("
+    r"|deliver\(|set_result|set_exception|\.write\(|\bsay\(|sendall|read_frame|_on_commit|create_task"
+)
+"""Of the code's text: commits, syncs, hand-overs, and where a coroutine may be left for another."""
+
+Line = tuple[str, str, int]
+"""(role, file, number)."""
+
 NUM_STEPS = 4
 """Of each client, where a test does not want more."""
 
@@ -64,6 +76,8 @@ class Site:
     """In a run without crashes, or for a line of recovery in one with a few."""
     recovery: bool = False
     """Nobody comes here unless something happened before."""
+    border: bool = False
+    """Something becomes durable, is handed over or is waited for here, or was just before."""
 
 
 @dataclass(frozen=True)
@@ -280,13 +294,30 @@ def count(
     assert disturbed.carried_out == (killed, stopped), "nothing was disturbed"
     assert disturbed.answers == undisturbed.answers
     everything = _crossings(directory)
-    sites = [Site(*key, ordinary.get(key, everything[key]), key not in ordinary) for key in sorted(everything)]
+    sites = [
+        Site(*key, ordinary.get(key, crossings), recovery=key not in ordinary, border=key in _borders(everything))
+        for key, crossings in sorted(everything.items())
+    ]
     return sites, undisturbed.answers
 
 
-def _crossings(directory: Path) -> dict[tuple[str, str, int], int]:
-    """(role, file, line) -> what was counted, the larger number where several processes did."""
-    found: dict[tuple[str, str, int], int] = {}
+def _borders(crossed: Iterable[Line]) -> set[Line]:
+    """Of these lines those that have a border in them, and the next ones of their files."""
+    found: set[Line] = set()
+    for one, following in pairwise(sorted(crossed)):
+        if BORDER.search(_source(one[1])[one[2] - 1]):
+            found |= {one, following} if one[:2] == following[:2] else {one}
+    return found
+
+
+@functools.cache
+def _source(file: str) -> list[str]:
+    return (ROOT / file).read_text().splitlines()
+
+
+def _crossings(directory: Path) -> dict[Line, int]:
+    """What was counted, the larger number where several processes did."""
+    found: dict[Line, int] = {}
     for path in sorted(directory.glob("*.json")):
         role = path.name.partition("-")[0]
         for name, line, crossings in json.loads(path.read_text()):
@@ -297,14 +328,13 @@ def _crossings(directory: Path) -> dict[tuple[str, str, int], int]:
 
 
 def draw(sites: Sequence[Site], seed: int) -> Iterator[Schedule]:
-    """Schedules of two or three lives, without end. Each site has its turn before any has it again: as the first crash,
-    or, where it belongs to recovery, as the second."""
+    """Schedules of two or three lives, without end. Each border has its turn, then each other line, before any has it
+    again: as the first crash, or, where it belongs to recovery, as the second."""
     generator = random.Random(seed)
     ordinary = [site for site in sites if not site.recovery]
+    deck = sorted(generator.sample(sites, len(sites)), key=lambda site: not site.border)
     for number in count_up():
-        if number % len(sites) == 0:
-            deck = generator.sample(sites, len(sites))
-        site = deck[number % len(sites)]
+        site = deck[number % len(deck)]
         first = generator.choice(ordinary) if site.recovery else site
         # How often a line is crossed depends on how requests meet, so the last crossings may not come.
         crashes = [Crash(first, generator.randint(1, max(1, first.crossings * 3 // 4)))]
