@@ -13,9 +13,6 @@ from tinkerbell.errors import InvalidRequest, MissingPackage, Unavailable
 BUSY_TIMEOUT_MS = 30_000
 """How long a SQLite connection waits for another process's write."""
 
-STOPPED_WRITER_S = 5.0
-"""How long a transaction may rest between two statements; they follow each other within milliseconds."""
-
 
 def _identity(value: Any) -> Any:
     """JSON columns carry canonical text, made and read by codec.py."""
@@ -119,13 +116,10 @@ def _prepare_sqlite(engine: sa.Engine, role: str, durability: str) -> None:
 
 def _prepare_postgres(engine: sa.Engine, durability: str) -> None:
     value = "on" if durability == "full" else "off"
-    # A process that is stopped in the middle of a transaction holds the append lock; Postgres then ends its session.
-    idle_ms = int(STOPPED_WRITER_S * 1000)
 
     @sa.event.listens_for(engine, "connect")
     def connect(connection: Any, _record: Any) -> None:
         connection.execute(f"SET synchronous_commit = {value}")
-        connection.execute(f"SET idle_in_transaction_session_timeout = {idle_ms}")
         connection.commit()
 
 

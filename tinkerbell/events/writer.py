@@ -15,7 +15,7 @@ import msgspec
 import sqlalchemy as sa
 
 from tinkerbell.errors import InvalidRequest, TinkerbellError, Unavailable
-from tinkerbell.events import facts, leases, outcomes
+from tinkerbell.events import facts, leases, outcomes, stopped
 from tinkerbell.events.codec import Prepared
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.leases import Claim, LeaseCall, Renewal
@@ -87,6 +87,7 @@ class Writer:
         group_events: int = GROUP_EVENTS,
     ) -> None:
         self._engine = engine
+        stopped.expect(engine)
         self._on_commit = on_commit
         self._group_events = group_events
         self._queue: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
@@ -167,6 +168,15 @@ class Writer:
         outcomes.deliver(done.outcomes)
 
     def _transact(self, entries: list[Entry]) -> _Group:
+        try:
+            return self._attempt(entries)
+        except Exception as exc:
+            if not stopped.is_suspected(exc):
+                raise
+        stopped.end(self._engine)
+        return self._attempt(entries)
+
+    def _attempt(self, entries: list[Entry]) -> _Group:
         with self._engine.connect() as connection:
             transaction = connection.begin()
             statements = Statements(connection)

@@ -79,6 +79,8 @@ class Commits:
     async def _write_apart(self, before: set[asyncio.Task[None]], events: tuple[NewEvent, ...]) -> None:
         if before:
             await asyncio.wait(before)
+        if self._failure is not None:
+            return
         loop = asyncio.get_running_loop()
         await self._finish(loop.run_in_executor(self._blob_thread, self._submit, loop, events))
 
