@@ -1,7 +1,7 @@
 """A writer that holds Postgres' append lock and says nothing loses its session; whoever else holds it does not."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import msgspec
 import psycopg
@@ -27,7 +27,7 @@ def store(settings: Settings, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 @contextmanager
 def holder(postgres_url: str, name: str) -> Iterator[psycopg.Connection]:
     url = postgres_url.replace("postgresql+psycopg", "postgresql")
-    with psycopg.connect(url, application_name=name) as connection:
+    with closing(psycopg.connect(url, application_name=name)) as connection:
         connection.execute("SELECT position FROM log_head FOR UPDATE")
         yield connection
 

@@ -135,7 +135,7 @@ def zombies(make: MakeSettings, counted: Counted, num: int, seed: int) -> None:
     generator = random.Random(seed)
     places = generator.sample(places, len(places))
     done = 0
-    for site in places[: num * 4]:
+    for site in places[: 12 + num * 4]:
         done += zombie(make(), site, generator.randint(2, site.crossings // 2), expected)
         if done == num:
             return

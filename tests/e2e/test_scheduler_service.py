@@ -9,11 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 import pytest
 import sqlalchemy as sa
 
+from tests.support.owner import forge
 from tinkerbell.config import Settings
 from tinkerbell.errors import NotFound, TinkerbellError
 from tinkerbell.events import kinds, schema, tables
@@ -428,6 +430,31 @@ def test_a_state_that_comes_out_different_is_lost_loudly(store, serve, server_se
     assert bad.answers()[-1].event.category == "server"
     assert isinstance(good.answers()[-1].event, kinds.OptimStepCompleted)
     path.write_bytes(kept)
+
+
+@on_sqlite
+def test_a_request_that_comes_out_different_stops_its_adapter_and_is_named(store, serve, server_settings):
+    service = serve()
+    good, bad = Asker(store, "good", "ad_g"), Asker(store, "bad", "ad_b")
+    for seed, asker in enumerate((good, bad)):
+        asker.add_lora(seed=seed)
+        # In no recovery point: gradients are added when the server stops.
+        asker.train([datum(random.Random(0), 5)])
+    trained = bad.answers()[-1]
+    good.answers()
+    service.stop()
+    digest = trained.event.logprobs_digest
+    change = partial(sa.func.replace, tables.events.c.data, type_=sa.Text)
+    forge(server_settings, trained.position, data=change(digest, digest[::-1]))
+    serve()
+    for asker in (good, bad):
+        asker.step()
+    failure = bad.answers()[-1].event
+    assert (failure.category, failure.code) == ("server", "state-lost")
+    asked = f"forward_backward at position {trained.causation}"
+    assert f"{asked}, executed again: logprobs digest {digest}, recorded {digest[::-1]}" in failure.message
+    assert isinstance(good.answers()[-1].event, kinds.OptimStepCompleted)
+    forge(server_settings, trained.position, data=change(digest[::-1], digest))
 
 
 @on_sqlite

@@ -1,10 +1,14 @@
 """Where recovery begins, and what it executes again."""
 
+import msgspec
 import pytest
 
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import Recorded
-from tinkerbell.scheduler.recovery import Recovery, completed_tail, last_marks
+from tinkerbell.executors.port import ForwardBackwardDone, OptimStepDone, UnitFailed
+from tinkerbell.scheduler.recovery import Recovery, last_marks
+from tinkerbell.scheduler.results import logprobs_digest
+from tinkerbell.scheduler.tail import Committed, committed_tail
 from tinkerbell.types import AdamParams, LoraConfig, LossSpec
 
 LORA = LoraConfig()
@@ -69,9 +73,49 @@ def test_only_what_had_an_effect_is_executed_again():
     log = [recorded(1 + i, event) for i, event in enumerate(asked)]
     answers = [TRAINED, failed, STEPPED, bad_step, lost_step]
     log += [recorded(10 + i, event, 1 + i) for i, event in enumerate(answers)]
-    tail = completed_tail(log)
-    assert [r.position for r in tail.requests] == [1, 3, 4]
-    assert tail.digests == {3: "d1", 4: None}
+    tail = committed_tail(log)
+    assert [each.request.position for each in tail] == [1, 3, 4]
+    assert [each.result for each in tail] == [TRAINED, STEPPED, bad_step]
+
+
+ROWS = [b"1234", b"5678"]
+PART = [ForwardBackwardDone(request=7, loss=0.0, metrics={}, logprobs=[row]) for row in ROWS]
+DONE = OptimStepDone(request=7, step=3, grad_norm=1.0, state_digest="s", gradient_digest="g", weights_digest="w")
+NO = UnitFailed(request=7, category="user", code="non-finite", message="")
+TRAINED_WITH = msgspec.structs.replace(TRAINED, logprobs_digest=logprobs_digest(ROWS))
+STEPPED_WITH = kinds.OptimStepCompleted(
+    step=3, grad_norm=1.0, state_digest="s", gradient_digest="g", weights_digest="w"
+)
+FAILED_WITH = kinds.OptimStepFailed(category="user", code="non-finite", message="")
+replace = msgspec.structs.replace
+
+
+@pytest.mark.parametrize(
+    ("event", "result", "found", "difference"),
+    [
+        (TRAIN, TRAINED, PART, None),
+        (TRAIN, TRAINED_WITH, PART, None),
+        (TRAIN, TRAINED_WITH, PART[::-1], f"logprobs digest {logprobs_digest(ROWS[::-1])}"),
+        (TRAIN, TRAINED_WITH, PART[:1], f"logprobs digest {logprobs_digest(ROWS[:1])}"),
+        (TRAIN, TRAINED_WITH, [PART[0], NO], "outcome non-finite, recorded done"),
+        (STEP, STEPPED_WITH, [DONE], None),
+        (STEP, replace(STEPPED_WITH, gradient_digest=None, weights_digest=None), [DONE], None),
+        # The cause is named, not what follows from it.
+        (STEP, STEPPED_WITH, [replace(DONE, gradient_digest="G", state_digest="S")], "gradient digest G, recorded g"),
+        (STEP, STEPPED_WITH, [replace(DONE, weights_digest="W", state_digest="S")], "weights digest W, recorded w"),
+        (STEP, STEPPED_WITH, [replace(DONE, state_digest="S")], "state digest of step 3 S, recorded s"),
+        (STEP, STEPPED_WITH, [NO], "outcome non-finite, recorded done"),
+        (STEP, FAILED_WITH, [NO], None),
+        (STEP, FAILED_WITH, [DONE], "outcome done, recorded non-finite"),
+    ],
+)
+def test_what_was_executed_again_is_compared_with_the_log(event, result, found, difference):
+    said = Committed(recorded(7, event), result).difference(found)
+    if difference is None:
+        assert said is None
+    else:
+        assert said is not None and said.startswith(f"{kinds.kind_of(event)} at position 7, executed again: ")
+        assert difference in said
 
 
 class _Log:

@@ -3,7 +3,7 @@ step compared with what the log says it came to."""
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tinkerbell.errors import Corrupt, ExecutorDied, NotFound, ServerError, TinkerbellError, Unavailable
 from tinkerbell.events import kinds
@@ -17,10 +17,9 @@ from tinkerbell.executors.port import (
     Batch,
     OptimStepDone,
     Unit,
-    UnitFailed,
-    UnitResult,
 )
 from tinkerbell.scheduler.residency import Resident
+from tinkerbell.scheduler.tail import Committed, committed_tail
 from tinkerbell.scheduler.units import units_again
 from tinkerbell.types import AdapterId, CheckpointId, LoraConfig, TenantId
 
@@ -84,35 +83,6 @@ def covers(recorded: Recorded) -> int:
     return recorded.causation
 
 
-@dataclass(slots=True)
-class Tail:
-    """Requests to execute again, in order."""
-
-    requests: list[Recorded] = field(default_factory=list)
-    digests: dict[int, str | None] = field(default_factory=dict)
-    """Position of an optim_step request -> state digest it came to; None where it failed."""
-
-
-def completed_tail(events: Sequence[Recorded]) -> Tail:
-    """Of the requests and results after the boundary, those that had an effect.
-
-    An optim_step that failed on the caller's account may have cleared the gradient, so it is among them.
-    """
-    done = {r.causation: r.event for r in events if isinstance(r.event, kinds.Result)}
-    tail = Tail()
-    for recorded in events:
-        match done.get(recorded.position):
-            case kinds.ForwardBackwardCompleted():
-                tail.requests.append(recorded)
-            case kinds.OptimStepCompleted(state_digest=digest):
-                tail.requests.append(recorded)
-                tail.digests[recorded.position] = digest
-            case kinds.OptimStepFailed(category="user"):
-                tail.requests.append(recorded)
-                tail.digests[recorded.position] = None
-    return tail
-
-
 class Recovery:
     """Restores adapters from the log. The log must be settled: no commit of the adapter's in flight."""
 
@@ -130,7 +100,10 @@ class Recovery:
             report = await self._begin(link, tenant, adapter, marks.origin)
             expected = marks.origin.event.state_digest  # type: ignore[union-attr]
             if report.state_digest != expected:
-                raise StateLost(f"the state saved at {marks.origin.position} came back different")
+                raise StateLost(
+                    f"the state of event {marks.origin.position} came back with digest {report.state_digest}, "
+                    f"recorded {expected}"
+                )
             boundary = await asyncio.to_thread(self._store.get, marks.boundary)
             assert boundary is not None and boundary.seq is not None
             resident = Resident(
@@ -180,24 +153,28 @@ class Recovery:
         assert isinstance(event, kinds.AddLoraRequested)
         return event.lora
 
-    async def _execute(self, link: ExecutorLink, resident: Resident, tail: Tail) -> None:
+    async def _execute(self, link: ExecutorLink, resident: Resident, tail: list[Committed]) -> None:
         units: list[Unit] = []
+        batch: list[Committed] = []
         tokens = 0
-        for number, recorded in enumerate(tail.requests):
-            following = await asyncio.to_thread(self._units, recorded)
-            units.extend(following)
+        for number, committed in enumerate(tail):
+            recorded = committed.request
+            units += await asyncio.to_thread(self._units, recorded)
+            batch.append(committed)
             tokens += getattr(recorded.event, "num_tokens", 0)
             stepped = isinstance(recorded.event, kinds.OptimStepRequested)
-            if not (stepped or tokens >= self._batch_tokens or number == len(tail.requests) - 1):
+            if not (stepped or tokens >= self._batch_tokens or number == len(tail) - 1):
                 continue
-            result = await link.run(Batch(id=f"restore.{resident.adapter}.{number}", units=units))
-            for outcome in result.results:
-                _compare(outcome, tail)
-            done = result.results[-1]
+            results = (await link.run(Batch(id=f"restore.{resident.adapter}.{number}", units=units))).results
+            for each in batch:
+                found = [outcome for outcome in results if outcome.request == each.request.position]
+                if (difference := each.difference(found)) is not None:
+                    raise StateLost(f"{difference} (after step {resident.step})")
+            done = results[-1]
             if isinstance(done, OptimStepDone):
                 assert recorded.seq is not None
                 resident.stepped(recorded.seq, recorded.position, done.step, done.state_digest)
-            units, tokens = [], 0
+            units, batch, tokens = [], [], 0
 
     def _units(self, recorded: Recorded) -> list[Unit]:
         return units_again(recorded, self._store.body(recorded))
@@ -218,8 +195,8 @@ class Recovery:
             raise StateLost("the adapter was never made")
         return marks
 
-    def _tail(self, adapter: AdapterId, after: int) -> Tail:
-        return completed_tail(self._read(adapter, after, _TAIL))
+    def _tail(self, adapter: AdapterId, after: int) -> list[Committed]:
+        return committed_tail(self._read(adapter, after, _TAIL))
 
     def _read(self, adapter: AdapterId, after: int, types: list[str]) -> list[Recorded]:
         events: list[Recorded] = []
@@ -230,16 +207,6 @@ class Recovery:
 
     def _state(self, lora: LoraConfig, step: int, digest: str, blobs: dict[str, str]) -> AdapterState:
         return adapter_state(lora, step, digest, blobs, self._store.blob)
-
-
-def _compare(outcome: UnitResult, tail: Tail) -> None:
-    """Raises StateLost unless it is what the log says."""
-    failed_then = outcome.request in tail.digests and tail.digests[outcome.request] is None
-    if isinstance(outcome, UnitFailed) != failed_then:
-        what = "failed" if not failed_then else "did not fail"
-        raise StateLost(f"request {outcome.request} {what} when it was executed again")
-    if isinstance(outcome, OptimStepDone) and outcome.state_digest != tail.digests[outcome.request]:
-        raise StateLost(f"step {outcome.step} came to another state when it was executed again")
 
 
 def adapter_state(
