@@ -1,13 +1,14 @@
 """Data of a real server is erased by the commands: clients, auditors and replay are told what is not there any more."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.support.server import client_of, fake_server
 from tinkerbell.cli.main import run
-from tinkerbell.errors import Erased, Gone
+from tinkerbell.errors import Compacted, Erased, Gone
 from tinkerbell.sdk import Client, Datum
 
 DATA = [Datum(tokens=list(range(1, 12)), targets=list(range(2, 13)))]
@@ -57,3 +58,57 @@ def test_an_erased_tenant_and_the_server_after_it(tmp_path: Path, capsys: pytest
         assert client.adapter(adapter).info().state == "removed"
         trained(client)
     assert command(capsys, data_dir, "audit", "verify")[0] == 0
+
+
+def test_a_compacted_log_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A killed server's adapters come back to the same bits with all the bulk or with only what is needed."""
+    data_dir, whole = tmp_path / "data", tmp_path / "whole"
+    often = {"TINKERBELL_CHECKPOINT_EVERY_STEPS": "4"}
+    with fake_server(data_dir, latency_us=200_000, environment=often) as server, client_of(server) as client:
+        adapter, futures, checkpoint = trained(client, steps=10)
+        copy = client.add_lora(checkpoint=checkpoint).id
+        status, out, _ = command(capsys, data_dir, "db", "compact", "--older-than", "0h", "--dry-run", "--json")
+        assert status == 0 and json.loads(out)["tenants"]["local"]["num_bodies"] > 0 and not json.loads(out)["removed"]
+        status, _, err = command(capsys, data_dir, "db", "compact", "--older-than", "0h", "--yes")
+        assert status == 1 and "stop it first" in err
+        train = client.adapter(adapter)
+        # One is done, two are not.
+        train.forward_backward(DATA).result(timeout=30)
+        pending = [train.forward_backward(DATA).id for _ in range(2)]
+        server.kill()
+    shutil.copytree(data_dir, whole)
+    status, out, err = command(capsys, data_dir, "db", "compact", "--older-than", "0h", "--yes", "--json")
+    assert status == 0, err
+    bulk = json.loads(out)["tenants"]["local"]
+    assert bulk["num_bodies"] >= 15 and bulk["num_blobs"] >= 2 and json.loads(out)["num_files"] >= 2
+    assert command(capsys, data_dir, "audit", "verify")[0] == 0
+    status, out, _ = command(capsys, data_dir, "db", "compact", "--older-than", "0h", "--yes", "--json")
+    assert status == 0 and json.loads(out)["tenants"]["local"] == dict.fromkeys(bulk, 0), "there is nothing left"
+    status, _, err = command(capsys, data_dir, "replay", "verify", adapter)
+    assert status == 2 and "have lost their bodies or blobs" in err
+    digests = []
+    for directory in (whole, data_dir):
+        with fake_server(directory, environment=often) as server, client_of(server) as client:
+            losses = [client.future(future).result(timeout=30).loss for future in pending]
+            client.adapter(copy).forward_backward(DATA)
+            steps = [client.adapter(each).optim_step(learning_rate=0.1) for each in (adapter, copy)]
+            digests.append((losses, [step.result(timeout=30).state_digest for step in steps]))
+            if directory == data_dir:
+                with pytest.raises(Compacted, match="db compact"):
+                    client.future(futures[0]).result(timeout=5)
+                client.download_checkpoint(checkpoint, tmp_path / "saved.tar")
+        assert command(capsys, directory, "audit", "verify")[0] == 0
+    assert digests[0] == digests[1]
+
+
+def test_ages_and_tenants_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data_dir = tmp_path / "data"
+    with fake_server(data_dir) as server, client_of(server) as client:
+        trained(client)
+    for age in ("30", "1y", "-1d", "1.5d", "9999999d"):
+        status, _, err = command(capsys, data_dir, "db", "compact", "--older-than", age)
+        assert status == 2 and "30d" in err, age
+    status, _, err = command(capsys, data_dir, "db", "compact", "--older-than", "1d", "--tenant", "nobody")
+    assert status == 1 and "nobody" in err
+    status, out, _ = command(capsys, data_dir, "db", "compact", "--older-than", "1d", "--yes", "--json")
+    assert status == 0 and json.loads(out)["tenants"]["local"]["num_bytes"] == 0, "all of it is younger"

@@ -6,7 +6,7 @@ import pytest
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.executors.port import ForwardBackwardDone, OptimStepDone, UnitFailed
-from tinkerbell.scheduler.recovery import Recovery, last_marks
+from tinkerbell.scheduler.recovery import find_marks, last_marks
 from tinkerbell.scheduler.results import logprobs_digest
 from tinkerbell.scheduler.tail import Committed, committed_tail
 from tinkerbell.types import AdamParams, LoraConfig, LossSpec
@@ -139,6 +139,6 @@ def test_where_to_begin_is_found_from_the_end_however_long_the_run():
             # Recovery points are written some steps later than the state they hold.
             events.append(recorded(10 + 4 * step + 2, WRITTEN, 9 + 4 * max(0, step - 3)))
     log = _Log(events)
-    found = Recovery(log, 1000)._find("a")  # type: ignore[arg-type]
+    found = find_marks(log, "a")  # type: ignore[arg-type]
     assert found == last_marks(events)
     assert log.num_read < 600

@@ -1,20 +1,25 @@
-"""`tinkerbell db`: the schema of the log's database."""
+"""`tinkerbell db`: the schema of the log's database, and old bulk in it."""
 
 from pathlib import Path
 
 import click
 
+from tinkerbell.cli.compact import compact
 from tinkerbell.cli.options import json_option, log_options, print_json, settings_of
 
 
 @click.group()
 def db() -> None:
-    """Upgrade the database's schema, and see what state it is in.
+    """Upgrade the database's schema and see what state it is in; take old bulk out.
 
     \b
     tinkerbell db status
     tinkerbell db upgrade --database-url postgresql:///tinkerbell
+    tinkerbell db compact --older-than 30d --dry-run
     """
+
+
+db.add_command(compact)
 
 
 @db.command()

@@ -5,6 +5,7 @@ bulk.compacted); taking it out afterwards can be repeated until it is done.
 """
 
 import time
+from collections.abc import Sequence
 
 import msgspec
 import sqlalchemy as sa
@@ -51,6 +52,14 @@ def bulk_of(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> Bul
         .where(mine)
     ).one()
     return Bulk(num_bodies=int(bodies), num_blobs=int(names), num_bytes=int(body_bytes) + int(blob_bytes))
+
+
+def with_bulk(connection: sa.Connection, positions: Sequence[int]) -> list[int]:
+    """Those of these events that have a body or blobs which were not removed yet."""
+    named = sa.exists().where(event_blobs.c.position == events.c.position)
+    query = sa.select(events.c.position).where(events.c.position.in_(positions), ~_ERASED, ~_COMPACTED)
+    found = connection.execute(query.where(sa.or_(events.c.body.is_not(None), named)).order_by(events.c.position))
+    return list(found.scalars())
 
 
 def why_gone(connection: sa.Connection, position: int) -> Gone | None:

@@ -95,7 +95,10 @@ class Retention:
         total = Bulk()
         for start in range(0, len(positions), POSITIONS_AT_ONCE):
             tell(f"compacting {tenant}", start, len(positions))
-            part = list(positions[start : start + POSITIONS_AT_ONCE])
+            with self._reader.connect() as connection:
+                part = removal.with_bulk(connection, positions[start : start + POSITIONS_AT_ONCE])
+            if not part:
+                continue
             bulk = self.bulk_at(part)
             said = BulkCompacted(before_us=before_us, positions=part, **msgspec.structs.asdict(bulk))
             stream = f"tenant/{tenant}"
@@ -111,9 +114,13 @@ class Retention:
         return num_files
 
     def bulk_at(self, positions: Sequence[int]) -> Bulk:
-        """What these events have of bodies and blobs."""
+        """What these events have of bodies and blobs that was not removed yet."""
+        total = Bulk()
         with self._reader.connect() as connection:
-            return removal.bulk_of(connection, events.c.position.in_(positions))
+            for start in range(0, len(positions), POSITIONS_AT_ONCE):
+                part = positions[start : start + POSITIONS_AT_ONCE]
+                total += removal.bulk_of(connection, events.c.position.in_(part))
+        return total
 
     def _plan_erasure(self, connection: sa.Connection, tenant: TenantId) -> tuple[TenantErased, list[str], bool]:
         """(event, API keys to revoke, whether there is anything to erase)."""

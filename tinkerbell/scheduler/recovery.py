@@ -83,6 +83,24 @@ def covers(recorded: Recorded) -> int:
     return recorded.causation
 
 
+def find_marks(store: EventStore, adapter: AdapterId) -> Marks:
+    """Where an adapter's restoring begins. Reads the log backwards, no further than needed: a run may have any number
+    of steps. Raises StateLost."""
+    events: list[Recorded] = []
+    while page := store.read_back(
+        before=events[0].position if events else None, limit=_PAGE_BACK, adapter=adapter, types=_MARKS
+    ):
+        events = page[::-1] + events
+        marks = last_marks(events)
+        # An event comes after the request it is about: none before the boundary can be newer than these.
+        if marks is not None and events[0].position <= marks.boundary:
+            return marks
+    marks = last_marks(events)
+    if marks is None:
+        raise StateLost("the adapter was never made")
+    return marks
+
+
 class Recovery:
     """Restores adapters from the log. The log must be settled: no commit of the adapter's in flight."""
 
@@ -96,7 +114,7 @@ class Recovery:
         Raises StateLost where it does not come out the same, ExecutorDied.
         """
         try:
-            marks = await asyncio.to_thread(self._find, adapter)
+            marks = await asyncio.to_thread(find_marks, self._store, adapter)
             report = await self._begin(link, tenant, adapter, marks.origin)
             expected = marks.origin.event.state_digest  # type: ignore[union-attr]
             if report.state_digest != expected:
@@ -178,22 +196,6 @@ class Recovery:
 
     def _units(self, recorded: Recorded) -> list[Unit]:
         return units_again(recorded, self._store.body(recorded))
-
-    def _find(self, adapter: AdapterId) -> Marks:
-        """Reads the log backwards, no further than needed: a run may have any number of steps."""
-        events: list[Recorded] = []
-        while page := self._store.read_back(
-            before=events[0].position if events else None, limit=_PAGE_BACK, adapter=adapter, types=_MARKS
-        ):
-            events = page[::-1] + events
-            marks = last_marks(events)
-            # An event comes after the request it is about: none before the boundary can be newer than these.
-            if marks is not None and events[0].position <= marks.boundary:
-                return marks
-        marks = last_marks(events)
-        if marks is None:
-            raise StateLost("the adapter was never made")
-        return marks
 
     def _tail(self, adapter: AdapterId, after: int) -> list[Committed]:
         return committed_tail(self._read(adapter, after, _TAIL))
