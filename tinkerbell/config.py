@@ -62,10 +62,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_resident_adapters: Count = 256
     """Most adapters that the executor keeps while they are idle; those unused for longest leave it for the log, from
     where they come back when they are wanted."""
-    checkpoint_every_steps: Count = 20
+    checkpoint_every_steps: Count = 200
     """Recovery points: at most this many optimizer steps are executed again after a crash,"""
-    checkpoint_every_s: Annotated[float, Meta(gt=0)] | None = 60.0
-    """and of those at most so many seconds old; None: steps alone decide."""
+    checkpoint_every_s: Annotated[float, Meta(gt=0)] | None = 300.0
+    """and none that was taken longer ago than so many seconds; None: steps alone decide. A point costs about what its
+    bytes take to hash and write, three times the adapter's weights: often is dear where steps are fast."""
     durability: Literal["full", "relaxed"] = "full"
     """relaxed: the last commits may be lost with the machine's power, never with a process; shown in /healthz."""
     encryption: Literal["on", "off"] = "on"

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Sequence
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from tinkerbell.scheduler.control import Control
 from tinkerbell.scheduler.cost import CostModel, features
 from tinkerbell.scheduler.eviction import Eviction
 from tinkerbell.scheduler.fair_share import FairShare
+from tinkerbell.scheduler.gathering import Gathering
 from tinkerbell.scheduler.host import ExecutorHost, wait_for
 from tinkerbell.scheduler.journal import Journal
 from tinkerbell.scheduler.pending import BODY_KINDS, Pending, PendingRequest, Reason
@@ -61,6 +63,7 @@ class Leader:
         self._stopping = asyncio.Event()
         self._shares = FairShare()
         self._pending = Pending()
+        self._gathering = Gathering()
         self._bodies = Bodies(store, settings.batch_tokens)
         self._residency = Residency()
         recovery = Recovery(store, settings.batch_tokens)
@@ -93,6 +96,7 @@ class Leader:
             while not self._stopping.is_set():
                 self._wake.clear()
                 await self._commits.room()
+                await self._gather()
                 if not await self._advance():
                     await wait_for(self._wake, LOOK_S)
             await self._commits.settle()
@@ -147,6 +151,8 @@ class Leader:
             request = self._pending.absorb(recorded)
             if request is not None:
                 self._measure(request, recorded)
+                if request.adapter is not None:
+                    self._gathering.sent(request.adapter, time.monotonic())
                 self._wake.set()
 
     def _measure(self, request: PendingRequest, recorded: Recorded) -> None:
@@ -157,6 +163,15 @@ class Leader:
             log.error("body unreadable request=%d detail=%s", recorded.position, exc)
 
     # ---- what is done next ----
+
+    async def _gather(self) -> None:
+        """Wait a moment for who was just served and is likely back at once."""
+        while len(self._pending) > 0 and not self._stopping.is_set():
+            wait_s = self._gathering.wait_s(time.monotonic())
+            if wait_s == 0:
+                return
+            self._wake.clear()
+            await wait_for(self._wake, wait_s)
 
     async def _advance(self) -> bool:
         """Do the next thing; whether there was one."""
@@ -252,7 +267,14 @@ class Leader:
         )
         for request in plan.requests:
             self._residency.use(request.adapter)
+        if plan.lane != "control":
+            self._served(plan, busy_us)
         await self._write_checkpoints()
+
+    def _served(self, plan: Plan, busy_us: int) -> None:
+        adapters = {(request.tenant, request.adapter) for request in plan.requests}
+        idle = [adapter for tenant, adapter in adapters if adapter and self._pending.queue(tenant, adapter) is None]
+        self._gathering.served(idle, busy_us / 1e6, time.monotonic(), more=len(self._pending) > 0)
 
     async def _write_checkpoints(self) -> None:
         """Those that are due, and those of adapters that have to leave the executor."""
@@ -288,6 +310,7 @@ class Leader:
         elif request.kind == "remove_lora" and error is None:
             reason = Reason("user", "not-found", f"adapter {request.adapter} was removed")
             self._pending.end(request.tenant, request.adapter, reason)
+            self._gathering.forget(request.adapter)
         elif request.kind == "load" and error is None:
             self._restorer.replaced(request.adapter)
 

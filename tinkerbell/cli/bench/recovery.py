@@ -1,5 +1,6 @@
 """`tinkerbell bench recovery`: what digests and checkpoints add to the steps they make recoverable."""
 
+import math
 import tempfile
 from pathlib import Path
 
@@ -24,13 +25,27 @@ HELD_TITLE = "A checkpoint of {mb:.0f} MB, while which others wait"
 @click.option("--length", type=click.Choice(["tiny", "normal", "long"]), default="normal", show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="The least time counts.")
 @click.option(
-    "--every-steps", type=click.IntRange(min=1), default=Settings().checkpoint_every_steps, show_default=True,
-    help="Steps between two checkpoints of an adapter.",
+    "--every-steps",
+    type=click.IntRange(min=1),
+    default=Settings().checkpoint_every_steps,
+    show_default=True,
+    help="Steps between two checkpoints of an adapter, at most.",
+)
+@click.option(
+    "--every-s", type=click.FloatRange(min=0, min_open=True), default=Settings().checkpoint_every_s, show_default=True,
+    help="Seconds between two checkpoints of an adapter, at most.",
 )  # fmt: skip
 @machine_options
 @json_file_option
 def recovery(
-    num_tenants: int, length: str, repeats: int, every_steps: int, model: str, threads: int, json_file: Path | None
+    num_tenants: int,
+    length: str,
+    repeats: int,
+    every_steps: int,
+    every_s: float,
+    model: str,
+    threads: int,
+    json_file: Path | None,
 ) -> None:
     """CPU time of digests and checkpoints, as shares of the training steps they belong to.
 
@@ -53,7 +68,8 @@ def recovery(
             measured = measure(Path(scratch), model, threads, num_tenants, length, repeats, tell)
     costs = measured.costs
     rows: Rows = []
-    for part, share in ((STEP, 1.0), (DIGESTS, 1.0), (CHECKPOINTS, 1 / every_steps)):
+    between = min(every_steps, max(1, math.ceil(every_s / costs[STEP].wall_s)))
+    for part, share in ((STEP, 1.0), (DIGESTS, 1.0), (CHECKPOINTS, 1 / between)):
         cpu_s, wall_s = (share * part_s for part_s in (costs[part].cpu_s, costs[part].wall_s))
         rows.append(
             {
@@ -72,7 +88,7 @@ def recovery(
             "tenants": num_tenants,
             "length": length,
             "tokens": measured.num_tokens,
-            "every_steps": every_steps,
+            "steps_between_checkpoints": between,
             "repeats": repeats,
             **torch_facts(),
         },
