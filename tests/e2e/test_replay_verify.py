@@ -109,7 +109,7 @@ def test_from_a_saved_state(recorded: Settings, since: str) -> None:
 def test_a_server_that_was_restarted_with_other_settings(settings: Settings) -> None:
     """Every part is executed in the environment it was recorded in, with what had been accumulated before."""
     first = runs.run_settings(settings)
-    second = msgspec.structs.replace(first, executor_options={"vocab_size": "300"})
+    second = msgspec.structs.replace(first, executor_options={"rounding_ppm": "1"})
     with closing(EventStore.open(first)) as store:
         with runs.serving(store, first):
             asker = runs.train(store, runs.RUN, "alice", steps=2, load=False)

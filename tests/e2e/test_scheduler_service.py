@@ -458,6 +458,59 @@ def test_a_request_that_comes_out_different_stops_its_adapter_and_is_named(store
 
 
 @on_sqlite
+def test_a_step_that_another_environment_cannot_repeat_waits_for_the_former_one(store, serve):
+    first = serve()
+    asker = Asker(store, "t", "ad_t")
+    asker.add_lora(seed=1)
+    asker.train([datum(random.Random(0), 5)])
+    asker.step()
+    asker.answers()
+    pid = first.executor_pid
+    assert pid is not None
+    # No recovery point has the step.
+    os.kill(pid, signal.SIGKILL)
+    first.stop()
+
+    other = serve(executor_options={"rounding_ppm": "1"})
+    asker.train([datum(random.Random(1), 5)])
+    failure = asker.answers()[-1].event
+    assert (failure.category, failure.code) == ("server", "state-lost")
+    assert "optim_step at position" in failure.message
+    assert "rounding_ppm was 0, is 1. Start the server as it was" in failure.message
+    other.stop()
+
+    serve()
+    asker.train([datum(random.Random(1), 5)])
+    asker.step()
+    assert [type(each.event) for each in asker.answers()[-2:]] == [
+        kinds.ForwardBackwardCompleted,
+        kinds.OptimStepCompleted,
+    ]
+
+
+@on_sqlite
+def test_an_accumulated_gradient_goes_on_in_another_environment_if_its_loss_is_near(store, serve):
+    asker = Asker(store, "t", "ad_t")
+    first = serve()
+    asker.add_lora(seed=1)
+    asker.train([datum(random.Random(0), 5)])
+    asker.answers()
+    first.stop()
+
+    far = serve(executor_options={"vocab_size": "300"})
+    asker.step()
+    failure = asker.answers()[-1].event
+    assert (
+        failure.code == "state-lost" and "loss" in failure.message and "vocab_size was 256, is 300" in failure.message
+    )
+    far.stop()
+
+    serve(executor_options={"rounding_ppm": "1"})
+    asker.step()
+    assert isinstance(asker.answers()[-1].event, kinds.OptimStepCompleted)
+
+
+@on_sqlite
 def test_checkpoints_move_states_between_adapters_and_stay_private(store, serve):
     serve()
     owner, copy, thief = (

@@ -12,10 +12,11 @@ from tinkerbell.errors import InvalidRequest, MissingPackage
 from tinkerbell.executors.port import Environment
 from tinkerbell.replay import plot
 from tinkerbell.replay.curves import per_token
-from tinkerbell.replay.findings import Finding, differences, mean_difference, relative, tolerance_of
+from tinkerbell.replay.findings import Finding, mean_difference
 from tinkerbell.replay.fork import parse_settings
 from tinkerbell.replay.integrity import ran_whole
 from tinkerbell.replay.session import ExecutorChoice
+from tinkerbell.scheduler.environments import differences, relative, tolerance_of
 from tinkerbell.types import AdamParams
 
 RECORDED = log.examples()["environment.recorded"][0]

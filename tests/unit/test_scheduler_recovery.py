@@ -6,6 +6,7 @@ import pytest
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.executors.port import ForwardBackwardDone, OptimStepDone, UnitFailed
+from tinkerbell.scheduler.environments import tolerance_of
 from tinkerbell.scheduler.recovery import find_marks, last_marks
 from tinkerbell.scheduler.results import logprobs_digest
 from tinkerbell.scheduler.tail import Committed, committed_tail
@@ -116,6 +117,23 @@ def test_what_was_executed_again_is_compared_with_the_log(event, result, found, 
     else:
         assert said is not None and said.startswith(f"{kinds.kind_of(event)} at position 7, executed again: ")
         assert difference in said
+
+
+@pytest.mark.parametrize(
+    ("event", "result", "found", "deviation"),
+    [
+        (TRAIN, replace(TRAINED_WITH, loss=4.0003), [replace(PART[0], loss=1.0), replace(PART[1], loss=3.0)], None),
+        (TRAIN, replace(TRAINED_WITH, loss=4.1), [replace(PART[0], loss=1.0), replace(PART[1], loss=3.0)], "loss 4.0,"),
+        (TRAIN, TRAINED_WITH, [PART[0], NO], "outcome non-finite, recorded done"),
+        (STEP, STEPPED_WITH, [replace(DONE, grad_norm=1.0005, state_digest="S")], None),
+        (STEP, STEPPED_WITH, [replace(DONE, grad_norm=1.1)], "gradient norm 1.1, recorded 1.0 (allowed: 0.001)"),
+        (STEP, FAILED_WITH, [NO], None),
+        (STEP, FAILED_WITH, [DONE], "outcome done, recorded non-finite"),
+    ],
+)
+def test_where_bits_are_not_promised_numbers_are_near(event, result, found, deviation):
+    said = Committed(recorded(7, event), result).deviation(found, tolerance_of("float32"), step=0)
+    assert said is None if deviation is None else deviation in (said or "")
 
 
 class _Log:

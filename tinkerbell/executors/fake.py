@@ -60,14 +60,15 @@ class FakeExecutor:
     """Implements port.Executor.
 
     Options in `extra`, all whole numbers: `vocab_size` and `max_length` of the model; `latency_us` per batch
-    and `us_per_token`, which are slept away to look like an accelerator.
+    and `us_per_token`, which are slept away to look like an accelerator; `rounding_ppm`, to look like another machine.
     """
 
     def __init__(self, options: ExecutorOptions) -> None:
-        known = {"vocab_size": 256, "max_length": 4096, "latency_us": 0, "us_per_token": 0}
+        known = {"vocab_size": 256, "max_length": 4096, "latency_us": 0, "us_per_token": 0, "rounding_ppm": 0}
         settings = known | _integers(options.extra, known)
         self._latency_us = settings["latency_us"]
         self._us_per_token = settings["us_per_token"]
+        self._rounding_ppm = settings["rounding_ppm"]
         self._info = ModelInfo(
             name="fake",
             vocab_size=settings["vocab_size"],
@@ -76,7 +77,7 @@ class FakeExecutor:
             eos_tokens=(EOS_TOKEN,),
             tokenizer="",
         )
-        self._base = BaseModel(self._info.vocab_size)
+        self._base = BaseModel(self._info.vocab_size, settings["rounding_ppm"])
         self._base_distribution = Distribution(self._base, None)
         self._adapters: dict[AdapterId, FakeAdapter] = {}
         self._distributions: dict[AdapterId, Distribution] = {}
@@ -87,6 +88,7 @@ class FakeExecutor:
         facts = {
             "arithmetic": f"float64 of Python {platform.python_version()}",
             "vocab_size": str(self._info.vocab_size),
+            "rounding_ppm": str(self._rounding_ppm),
         }
         return Environment(executor="fake", model=self._info, exact=True, facts=facts)
 

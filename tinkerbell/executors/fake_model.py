@@ -47,10 +47,14 @@ class Row:
 
 
 class BaseModel:
-    """The frozen part: a table of logits and features, made row by row when it is first needed."""
+    """The frozen part: a table of logits and features, made row by row when it is first needed.
 
-    def __init__(self, vocab_size: int) -> None:
+    `rounding_ppm`: millionths by which all logits are larger, as if another machine rounded.
+    """
+
+    def __init__(self, vocab_size: int, rounding_ppm: int = 0) -> None:
         self.vocab_size = vocab_size
+        self._spread = BASE_SPREAD * (1 + rounding_ppm / 1e6)
         self._logits: dict[int, list[float]] = {}
         self._hashes: dict[int, tuple[int, ...]] = {}
 
@@ -58,8 +62,8 @@ class BaseModel:
         """[V] of what follows `token`."""
         row = self._logits.get(token)
         if row is None:
-            step = 2 * BASE_SPREAD / 0xFFFFFFFF
-            row = self._logits[token] = [step * h - BASE_SPREAD for h in self._hash("logit", token)]
+            step = 2 * self._spread / 0xFFFFFFFF
+            row = self._logits[token] = [step * h - self._spread for h in self._hash("logit", token)]
         return row
 
     def features(self, token: int, num_features: int) -> list[int]:

@@ -7,10 +7,11 @@ from typing import Any
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import LogprobsBody, OutputsBody, SamplesBody
 from tinkerbell.executors.port import OptimStepDone, SampleDone, UnitFailed
-from tinkerbell.replay.findings import Finding, Tolerance, finding, mean_difference, relative
+from tinkerbell.replay.findings import Finding, finding, mean_difference
 from tinkerbell.replay.history import Call
 from tinkerbell.replay.log import Log, body_of
 from tinkerbell.replay.session import Outcome, Passed
+from tinkerbell.scheduler.environments import Tolerance, relative
 from tinkerbell.scheduler.results import logprobs_digest, outputs_digest
 from tinkerbell.types import DatumOutputs
 

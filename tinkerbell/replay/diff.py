@@ -9,9 +9,9 @@ import msgspec
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import Body, ForwardBackwardBody
 from tinkerbell.replay.curves import curve
-from tinkerbell.replay.findings import Difference, differences
 from tinkerbell.replay.history import Call, History, read_history
 from tinkerbell.replay.log import Log, body_of
+from tinkerbell.scheduler.environments import Difference, differences
 
 
 class Parting(msgspec.Struct, frozen=True, kw_only=True):

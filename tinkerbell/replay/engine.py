@@ -9,11 +9,12 @@ from tinkerbell.events.kinds import EnvironmentRecorded
 from tinkerbell.executors.port import AdapterState, Environment, OptimStepDone, UnitFailed
 from tinkerbell.replay.compare import Comparison
 from tinkerbell.replay.curves import Point, per_token
-from tinkerbell.replay.findings import Difference, Finding, differences, tolerance_of
+from tinkerbell.replay.findings import Finding
 from tinkerbell.replay.history import Call, History
 from tinkerbell.replay.integrity import Tell
 from tinkerbell.replay.log import Entry, Log, blob_of
 from tinkerbell.replay.session import Change, ExecutorChoice, Outcome, Passed, Session
+from tinkerbell.scheduler.environments import Difference, differences, tolerance_of
 
 BATCH_TOKENS = 8192
 """Most tokens that are executed together: of memory, not of bits."""

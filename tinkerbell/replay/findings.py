@@ -1,4 +1,4 @@
-"""What a replay can find, and how two environments and two numbers compare."""
+"""What a replay can find."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -6,8 +6,6 @@ from typing import Any, Literal
 
 import msgspec
 
-from tinkerbell.events.kinds import EnvironmentRecorded
-from tinkerbell.executors.port import Environment
 from tinkerbell.replay.history import Call
 
 What = Literal[
@@ -75,62 +73,6 @@ def finding(what: What, call: Call, recorded: Any, found: Any, *, step: int | No
         recorded=recorded,
         found=found,
     )
-
-
-class Difference(msgspec.Struct, frozen=True, kw_only=True):
-    """A fact of the environment that is not the same here."""
-
-    fact: str
-    recorded: str | None
-    found: str | None
-
-
-def differences(recorded: EnvironmentRecorded, found: EnvironmentRecorded | Environment) -> list[Difference]:
-    """Facts that decide bits and differ. Where the model lies on a machine does not: `weights_hash` names it."""
-    before, now = _facts(recorded), _facts(found)
-    return [
-        Difference(fact=name, recorded=before.get(name), found=now.get(name))
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]
-
-
-def _facts(environment: EnvironmentRecorded | Environment) -> dict[str, str]:
-    of_model = {"vocab_size": str(environment.model.vocab_size), "exact": str(environment.exact).lower()}
-    return {"executor": environment.executor, **of_model, **environment.facts}
-
-
-class Tolerance(msgspec.Struct, frozen=True, kw_only=True):
-    """How far numbers may be apart where the environments differ. Rounding grows with every step that is taken."""
-
-    rtol: float
-    """Of a loss, relative, per step taken; of logprobs the same, in nats, as the mean over a request."""
-    norm_rtol: float
-    """Of a gradient's norm, relative, per step taken."""
-
-    def loss(self, step: int) -> float:
-        return self.rtol * (1 + step)
-
-    def norm(self, step: int) -> float:
-        return self.norm_rtol * (1 + step)
-
-
-def tolerance_of(dtype: str | None, rtol: float | None = None) -> Tolerance:
-    """The bounds for a base model's dtype, or `rtol` for all of them.
-
-    fp32: 1e-4 per step, a thousand times what another split or thread count did to the losses of three steps of a 135M
-    model; bf16 and fp16 have 8 and 11 bits: 2e-2; fp64: 1e-9. Norms get ten times as much.
-    """
-    if rtol is None:
-        rtol = {"float64": 1e-9, "bfloat16": 2e-2, "float16": 2e-2}.get(dtype or "", 1e-4)
-    return Tolerance(rtol=rtol, norm_rtol=10 * rtol)
-
-
-def relative(recorded: float, found: float) -> float:
-    """|difference| by the larger magnitude; 0 for equal numbers."""
-    if recorded == found:
-        return 0.0
-    return abs(recorded - found) / max(abs(recorded), abs(found))
 
 
 def mean_difference(recorded: Sequence[bytes], found: Sequence[bytes]) -> float:

@@ -9,11 +9,12 @@ from tinkerbell.errors import InvalidRequest
 from tinkerbell.executors.port import AdapterState
 from tinkerbell.replay.curves import Point, curve
 from tinkerbell.replay.engine import Replayer
-from tinkerbell.replay.findings import Difference, Finding
+from tinkerbell.replay.findings import Finding
 from tinkerbell.replay.history import Call, History, read_history
 from tinkerbell.replay.integrity import Tell
 from tinkerbell.replay.log import Log
 from tinkerbell.replay.session import Change, ExecutorChoice
+from tinkerbell.scheduler.environments import Difference
 from tinkerbell.types import AdamParams
 
 

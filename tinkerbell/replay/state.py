@@ -7,11 +7,12 @@ import msgspec
 
 from tinkerbell.executors.port import AdapterState
 from tinkerbell.replay.engine import Replayer
-from tinkerbell.replay.findings import Difference, Finding
+from tinkerbell.replay.findings import Finding
 from tinkerbell.replay.history import read_history
 from tinkerbell.replay.integrity import Tell
 from tinkerbell.replay.log import Log
 from tinkerbell.replay.session import ExecutorChoice
+from tinkerbell.scheduler.environments import Difference
 
 OPTIMIZER = "optimizer.safetensors"
 

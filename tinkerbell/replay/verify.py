@@ -9,11 +9,12 @@ import msgspec
 from tinkerbell.replay.compare import Deviations
 from tinkerbell.replay.curves import Point
 from tinkerbell.replay.engine import Replayer
-from tinkerbell.replay.findings import Difference, Finding, Tolerance
+from tinkerbell.replay.findings import Finding
 from tinkerbell.replay.history import read_history
 from tinkerbell.replay.integrity import Tell, check
 from tinkerbell.replay.log import Log
 from tinkerbell.replay.session import ExecutorChoice
+from tinkerbell.scheduler.environments import Difference, Tolerance
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

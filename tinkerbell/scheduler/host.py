@@ -1,38 +1,19 @@
 """The one executor process of a scheduler: starts it, and starts it again after it died."""
 
 import asyncio
-import hashlib
 import logging
-
-import msgspec
 
 from tinkerbell.config import Settings
 from tinkerbell.errors import TinkerbellError
 from tinkerbell.events.kinds import EnvironmentRecorded
 from tinkerbell.executors.link import ExecutorLink
-from tinkerbell.executors.port import Environment
 from tinkerbell.executors.protocol import ExecutorOptions
+from tinkerbell.scheduler.environments import environment_event
 
 log = logging.getLogger("tinkerbell.scheduler")
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 10.0
-
-_encoder = msgspec.json.Encoder(order="deterministic")
-
-
-def environment_event(environment: Environment, options: ExecutorOptions) -> EnvironmentRecorded:
-    """The fact that an executor came up with these options; `digest` is the sha256 (hex) of the environment's canonical
-    JSON. The options are no part of it: it says what they came to."""
-    return EnvironmentRecorded(
-        digest=hashlib.sha256(_encoder.encode(environment)).hexdigest(),
-        executor=environment.executor,
-        exact=environment.exact,
-        model=environment.model,
-        facts=environment.facts,
-        source=options.model,
-        options=options.extra,
-    )
 
 
 class ExecutorHost:

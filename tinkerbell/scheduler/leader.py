@@ -66,7 +66,7 @@ class Leader:
         self._gathering = Gathering()
         self._bodies = Bodies(store, settings.batch_tokens)
         self._residency = Residency()
-        recovery = Recovery(store, settings.batch_tokens)
+        recovery = Recovery(store, host, settings.batch_tokens)
         self._restorer = Restorer(recovery, self._residency, MOST_DEATHS)
         self._control = Control(recovery, self._residency)
         self._commits = Commits(store, on_failure=self._wake.set)

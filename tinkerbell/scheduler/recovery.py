@@ -1,13 +1,14 @@
 """Bringing an adapter back into a new executor: newest saved state, then its committed tail again, step by
-step compared with what the log says it came to."""
+step compared with what the log says it came to: bit for bit where both environments promise that and are the same."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tinkerbell.errors import Corrupt, ExecutorDied, NotFound, ServerError, TinkerbellError, Unavailable
 from tinkerbell.events import kinds
-from tinkerbell.events.kinds import Recorded
+from tinkerbell.events.kinds import BatchPlanned, EnvironmentRecorded, Recorded
 from tinkerbell.events.rows import CheckpointRow
 from tinkerbell.events.store import EventStore
 from tinkerbell.executors.link import ExecutorLink
@@ -17,11 +18,16 @@ from tinkerbell.executors.port import (
     Batch,
     OptimStepDone,
     Unit,
+    UnitResult,
 )
+from tinkerbell.scheduler.environments import differences, tolerance_of
+from tinkerbell.scheduler.host import ExecutorHost
 from tinkerbell.scheduler.residency import Resident
 from tinkerbell.scheduler.tail import Committed, committed_tail
 from tinkerbell.scheduler.units import units_again
-from tinkerbell.types import AdapterId, CheckpointId, LoraConfig, TenantId
+from tinkerbell.types import SYSTEM_TENANT, AdapterId, CheckpointId, LoraConfig, TenantId
+
+log = logging.getLogger("tinkerbell.scheduler")
 
 _PAGE = 1000
 _PAGE_BACK = 64
@@ -104,8 +110,9 @@ def find_marks(store: EventStore, adapter: AdapterId) -> Marks:
 class Recovery:
     """Restores adapters from the log. The log must be settled: no commit of the adapter's in flight."""
 
-    def __init__(self, store: EventStore, batch_tokens: int) -> None:
+    def __init__(self, store: EventStore, host: ExecutorHost, batch_tokens: int) -> None:
         self._store = store
+        self._host = host
         self._batch_tokens = batch_tokens
 
     async def restore(self, link: ExecutorLink, tenant: TenantId, adapter: AdapterId) -> Resident:
@@ -187,12 +194,54 @@ class Recovery:
             for each in batch:
                 found = [outcome for outcome in results if outcome.request == each.request.position]
                 if (difference := each.difference(found)) is not None:
-                    raise StateLost(f"{difference} (after step {resident.step})")
+                    await asyncio.to_thread(self._weigh, each, found, difference, resident.step)
             done = results[-1]
             if isinstance(done, OptimStepDone):
                 assert recorded.seq is not None
                 resident.stepped(recorded.seq, recorded.position, done.step, done.state_digest)
             units, batch, tokens = [], [], 0
+
+    def _weigh(self, committed: Committed, found: list[UnitResult], difference: str, step: int) -> None:
+        """A request came to other bits than recorded. Raises StateLost unless nobody promised them and the numbers are
+        close.
+
+        In another environment an accumulated gradient is computed anew: nothing acknowledged has been built on its
+        bits. A step that was taken is not taken again otherwise, or the log would name weights that nobody has.
+        """
+        now = self._host.environment
+        assert now is not None
+        then = self._environment_of(committed)
+        changes = differences(then, now)
+        promised = then.exact and now.exact
+        said = f"{difference} (after step {step})"
+        if changes:
+            named = "; ".join(f"{each.fact} was {each.recorded}, is {each.found}" for each in changes)
+            said += f", in another environment: {named}"
+        if promised and not changes:
+            raise StateLost(said)
+        if promised and isinstance(committed.request.event, kinds.OptimStepRequested):
+            raise StateLost(f"{said}. Start the server as it was, or load a checkpoint")
+        if (deviation := committed.deviation(found, tolerance_of(now.facts.get("dtype")), step)) is not None:
+            raise StateLost(f"{deviation}: {said}" if deviation not in said else said)
+        log.warning("executed again within tolerance adapter=%s detail=%s", committed.request.adapter, said)
+
+    def _environment_of(self, committed: Committed) -> EnvironmentRecorded:
+        """In which the log has it. Raises Corrupt."""
+        plans = self._system(committed.request.position, "batch.planned")
+        digest = next(
+            (p.environment for p in plans if isinstance(p, BatchPlanned) and p.batch == committed.result.batch), None
+        )
+        for event in self._system(0, "environment.recorded"):
+            if isinstance(event, EnvironmentRecorded) and event.digest == digest:
+                return event
+        raise Corrupt(
+            f"the log does not say in which environment the request at position {committed.request.position} ran"
+        )
+
+    def _system(self, after: int, kind: str) -> Iterator[kinds.AnyEvent]:
+        while page := self._store.read(after, limit=_PAGE, tenant=SYSTEM_TENANT, types=[kind]):
+            yield from (each.event for each in page)
+            after = page[-1].position
 
     def _units(self, recorded: Recorded) -> list[Unit]:
         return units_again(recorded, self._store.body(recorded))
