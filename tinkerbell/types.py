@@ -13,17 +13,28 @@ from msgspec import Meta
 TenantId = str
 AdapterId = str
 CheckpointId = str
+SessionId = str
+SamplerId = str
 FutureId = int
 """Position of the request's event in the log."""
 
 Category = Literal["user", "server"]
 """Who can mend a failure: the caller, or whoever runs the server."""
 
+CheckpointUse = Literal["state", "sampler", "external"]
+"""What a checkpoint was made for: to train on, to sample from, to be taken away."""
+
 SYSTEM_TENANT: TenantId = "system"
 """Owner of events that belong to no user: leases, batches, environments."""
 
 LOCAL_TENANT: TenantId = "local"
 """The one tenant of a server without keys (loopback only)."""
+
+
+def is_sampler(adapter: AdapterId) -> bool:
+    """Whether an adapter is a frozen copy that a sampler reads: its id is the sampler's."""
+    return ":sample:" in adapter
+
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$(?!\n)")]
 """A name a person gives: 1 to 64 letters, digits, dots, dashes, underscores."""

@@ -136,6 +136,17 @@ def test_what_was_never_encrypted_leaves_no_trace(database_settings: Settings) -
         assert store.blob(config) == b"{}"
 
 
+def test_a_clock_that_was_ahead_saves_no_key(store: EventStore, database_settings: Settings) -> None:
+    two_tenants(store)
+    mine = t.data_keys.c.tenant == "alice"
+    with as_owner(database_settings) as connection:
+        connection.execute(t.data_keys.update().where(mine).values(created_us=2**60))
+    assert erase(store).num_keys_destroyed == 1
+    with as_owner(database_settings) as connection:
+        assert connection.execute(sa.select(t.data_keys.c.wrapped).where(mine)).scalars().all() == [None]
+    store.check()
+
+
 def test_an_erasure_that_was_cut_short_is_named_and_finished(
     store: EventStore, database_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

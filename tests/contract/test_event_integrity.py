@@ -28,7 +28,7 @@ def changed(column: sa.Column[Any], value: Any) -> Any:
         case int() | float():
             return value + 1000
         case str() if isinstance(column.type, sa.JSON):
-            return value.replace("}", " }", 1)
+            return f"{value[:-1]} {value[-1:]}"
         case str() if column.name == "body_codec":
             return "zstd" if value == "msgpack" else "msgpack"
         case str():
@@ -113,7 +113,7 @@ PROJECTED = [
     column
     for table in t.PROJECTIONS.values()
     for column in table.columns
-    if not column.primary_key and column.name != "expires_us" and not isinstance(column.type, sa.Boolean)
+    if not column.primary_key and column is not t.leases.c.expires_us and not isinstance(column.type, sa.Boolean)
 ]
 OTHER_STATE = {"futures": "failed", "adapters": "removed", "checkpoints": "recovery", "batches": "lost"}
 

@@ -4,9 +4,10 @@ import hashlib
 import json
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -241,6 +242,79 @@ def test_a_changed_archive_is_noticed(archive: Path, tmp_path: Path) -> None:
         ArchiveLog.open(directory)
 
 
+def _rewritten(archive: Path, to: Path, change: Callable[[list[dict[str, Any]]], None]) -> Path:
+    """The archive with other events, and a manifest that says so."""
+    with zipfile.ZipFile(archive) as source:
+        files = {name: source.read(name) for name in source.namelist()}
+    rows = [json.loads(line) for line in files["events.jsonl"].splitlines()]
+    change(rows)
+    files["events.jsonl"] = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    manifest = json.loads(files["manifest.json"])
+    manifest["files"]["events.jsonl"] = hashlib.sha256(files["events.jsonl"]).hexdigest()
+    manifest["num_events"] = len(rows)
+    files["manifest.json"] = json.dumps(manifest).encode()
+    with zipfile.ZipFile(to, "w") as target:
+        for name, data in files.items():
+            target.writestr(name, data)
+    return to
+
+
+@pytest.mark.parametrize(
+    "column", [{"hash": None}, {"prev_hash": None}, {"position": "x"}, {"stream_version": None}, {"adapter": 7}]
+)
+def test_events_with_other_types_are_no_events(archive: Path, tmp_path: Path, column: dict[str, Any]) -> None:
+    changed = _rewritten(archive, tmp_path / "changed.zip", lambda rows: rows[3]["columns"].update(column))
+    with pytest.raises(Corrupt, match=f"cannot be read.*{next(iter(column))}"):
+        ArchiveLog.open(changed)
+
+
+@pytest.mark.parametrize("offset", [100, 500])
+def test_a_flipped_byte_is_no_accident(archive: Path, tmp_path: Path, offset: int) -> None:
+    with zipfile.ZipFile(archive) as source:
+        at = source.getinfo("events.jsonl").header_offset + offset
+    raw = bytearray(archive.read_bytes())
+    raw[at] ^= 0xFF
+    flipped = tmp_path / "flipped.zip"
+    flipped.write_bytes(raw)
+    with pytest.raises(Corrupt, match=r"events\.jsonl (cannot be read|has other bytes)"):
+        ArchiveLog.open(flipped)
+    directory = tmp_path / "there"
+    with pytest.raises(Corrupt):
+        replay.unpack(flipped, directory)
+    assert not directory.exists() and not list(tmp_path.glob(".there*"))
+    replay.unpack(archive, directory)
+
+
+def test_an_archive_that_was_cut_off_is_told_by_its_head(archive: Path, tmp_path: Path) -> None:
+    """Nothing within it can tell: all of it may have been written anew."""
+    with closing(ArchiveLog.open(archive)) as log:
+        head = log.manifest.head
+        assert replay.verify(log, runs.RUN, head=head).verdict == "equal"
+
+    def cut(rows: list[dict[str, Any]]) -> None:
+        stepped = [row["columns"]["position"] for row in rows if row["columns"]["type"] == "optim_step.completed"]
+        rows[:] = [row for row in rows if row["columns"]["position"] <= stepped[1] or row["columns"]["adapter"] is None]
+
+    with closing(ArchiveLog.open(_rewritten(archive, tmp_path / "cut.zip", cut))) as log:
+        assert replay.verify(log, runs.RUN).verdict == "equal"
+        report = replay.verify(log, runs.RUN, head=head)
+    assert report.verdict == "diverged" and report.findings[0].recorded == head
+
+
+def test_a_foreign_checkpoint_is_checked_by_its_own_hash(recorded: Settings, tmp_path: Path) -> None:
+    file = tmp_path / "child.zip"
+    with closing(DatabaseLog.open(recorded)) as log:
+        replay.export(log, CHILD, file)
+
+    def forge(rows: list[dict[str, Any]]) -> None:
+        (saved,) = [row["columns"] for row in rows if row["columns"]["type"] == "save.completed"]
+        saved["actor"] = "mallory"
+
+    with closing(ArchiveLog.open(_rewritten(file, tmp_path / "forged.zip", forge))) as log:
+        report = replay.verify(log, CHILD)
+    assert report.verdict == "diverged" and report.findings[0].what == "chain"
+
+
 def test_an_archive_has_the_keys_of_its_own_bytes_only(recorded: Settings, archive: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     manifest = replay.unpack(archive, directory)
@@ -379,3 +453,9 @@ def test_a_server_that_cuts_otherwise_does_not_fork(tmp_path: Path, capsys: pyte
         assert said["findings"] and said["points"] == []
         with client_of(server) as client:
             assert client.adapter(said["adapter"]).info().step == 2
+
+
+@pytest.mark.parametrize("place", ["\u00b2", "9" * 5000, "step:\u0663", "-1", "", "step:"])
+def test_what_is_no_place(log: DatabaseLog, place: str) -> None:
+    with pytest.raises(InvalidRequest, match="neither SEQ"):
+        replay.state_at(log, runs.RUN, place)

@@ -105,10 +105,12 @@ def test_ages_and_tenants_are_checked(tmp_path: Path, capsys: pytest.CaptureFixt
     data_dir = tmp_path / "data"
     with fake_server(data_dir) as server, client_of(server) as client:
         trained(client)
-    for age in ("30", "1y", "-1d", "1.5d", "9999999d"):
+    for age in ("30", "1y", "-1d", "1.5d", "99999d", "\uff19d"):
         status, _, err = command(capsys, data_dir, "db", "compact", "--older-than", age)
         assert status == 2 and "30d" in err, age
     status, _, err = command(capsys, data_dir, "db", "compact", "--older-than", "1d", "--tenant", "nobody")
     assert status == 1 and "nobody" in err
+    status, out, _ = command(capsys, data_dir, "db", "compact", "--older-than", "9999w", "--dry-run")
+    assert status == 0
     status, out, _ = command(capsys, data_dir, "db", "compact", "--older-than", "1d", "--yes", "--json")
     assert status == 0 and json.loads(out)["tenants"]["local"]["num_bytes"] == 0, "all of it is younger"

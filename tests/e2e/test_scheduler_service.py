@@ -19,6 +19,7 @@ from tests.support.owner import forge
 from tinkerbell.config import Settings
 from tinkerbell.errors import NotFound, TinkerbellError
 from tinkerbell.events import kinds, schema, tables
+from tinkerbell.events.blobs import BlobStore
 from tinkerbell.events.kinds import Body, ForwardBackwardBody, NewEvent, Recorded, SampleBody, kind_of
 from tinkerbell.events.store import EventStore
 from tinkerbell.scheduler.service import SchedulerService
@@ -455,6 +456,32 @@ def test_a_request_that_comes_out_different_stops_its_adapter_and_is_named(store
     assert f"{asked}, executed again: logprobs digest {digest}, recorded {digest[::-1]}" in failure.message
     assert isinstance(good.answers()[-1].event, kinds.OptimStepCompleted)
     forge(server_settings, trained.position, data=change(digest[::-1], digest))
+
+
+@on_sqlite
+def test_an_unreadable_blob_stops_its_adapter_only(store, serve, server_settings):
+    service = serve()
+    good, bad = Asker(store, "good", "ad_g"), Asker(store, "bad", "ad_b")
+    for seed, asker in enumerate((good, bad)):
+        asker.add_lora(seed=seed)
+        asker.train([datum(random.Random(seed), 5)])
+        asker.step()
+        asker.answers()
+    service.stop()
+    (point,) = store.queries.checkpoints("bad", kind="recovery")
+    path = BlobStore(server_settings.blob_dir).path(point.blobs["weights"])
+    content = path.read_bytes()
+    path.unlink()
+    # Reading it fails otherwise than for a file that is missing.
+    path.mkdir()
+    serve()
+    for asker in (good, bad):
+        asker.train([datum(random.Random(2), 5)])
+    failure = bad.answers()[-1].event
+    assert failure.code == "state-lost" and f"blob {point.blobs['weights']} cannot be read" in failure.message
+    assert isinstance(good.answers()[-1].event, kinds.ForwardBackwardCompleted)
+    path.rmdir()
+    path.write_bytes(content)
 
 
 @on_sqlite

@@ -33,6 +33,18 @@ def live(store: EventStore) -> list[Recorded]:
         NewEvent(event=key, tenant="alice", stream="tenant/alice"),
         NewEvent(event=kinds.KeyRevoked(key_id="k_one"), tenant="alice", stream="tenant/alice"),
     )
+    store.append(
+        *(
+            NewEvent(event=event, tenant="alice", stream="tenant/alice")
+            for event in (
+                kinds.SessionStarted(
+                    session="se_one", client="tinker/1.2.3", display_name="mine", tags=["a"], user_metadata={"k": "v"}
+                ),
+                kinds.SamplerCreated(sampler="se_one:sample:0", session="se_one", checkpoint="ck_one"),
+                kinds.SessionEnded(session="se_one", reason="success"),
+            )
+        )
+    )
     alice = one(log.add_lora(key="a1", name="mine"))
     bob = one(log.add_lora("ad_bob", "bob", key="a1"))
     lost = one(log.add_lora("ad_lost", "bob"))
@@ -65,6 +77,8 @@ def live(store: EventStore) -> list[Recorded]:
         correlation="trace-1",
     )
     store.append(written)
+    changed = kinds.CheckpointChanged(checkpoint="ck_rec", expires_us=2**60, published=True)
+    store.append(NewEvent(event=changed, tenant="alice", stream="tenant/alice"))
     gone = one(log.remove_lora("ad_bob", "bob"))
     store.append(log.result(kinds.RemoveLoraCompleted(), gone), log.forward_backward(key="a3"))
     return store.read(limit=10_000)

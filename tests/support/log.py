@@ -220,7 +220,13 @@ def examples() -> dict[str, tuple[AnyEvent, Body | None]]:
     events: list[tuple[AnyEvent, Body | None]] = [
         (
             kinds.AddLoraRequested(
-                base_model="fake", lora=lora, seed=2**62, name="mine", checkpoint="ck_one", with_optimizer=True
+                base_model="fake",
+                lora=lora,
+                seed=2**62,
+                name="mine",
+                checkpoint="ck_one",
+                with_optimizer=True,
+                user_metadata={"k": "v"},
             ),
             None,
         ),
@@ -236,8 +242,21 @@ def examples() -> dict[str, tuple[AnyEvent, Body | None]]:
         ),
         (kinds.ForwardBackwardRequested(loss=loss, num_datums=2, num_tokens=5), data_body),
         (kinds.OptimStepRequested(adam=adam), None),
-        (kinds.SampleRequested(params=params, num_tokens=3), kinds.SampleBody(prompt=ints(1, 2, 3))),
-        (kinds.SaveRequested(checkpoint="ck_one", name="mine"), None),
+        (
+            kinds.SampleRequested(params=params, num_tokens=3, prompt_logprobs_last=2),
+            kinds.SampleBody(prompt=ints(1, 2, 3)),
+        ),
+        (
+            kinds.SaveRequested(
+                checkpoint="ck_one",
+                name="mine",
+                use="sampler",
+                ttl_s=60,
+                user_metadata={"k": "v"},
+                sampler="se_one:sample:0",
+            ),
+            None,
+        ),
         (kinds.LoadRequested(checkpoint="ck_one", with_optimizer=False), None),
         (kinds.AddLoraCompleted(num_parameters=1024, step=0, state_digest="ab" * 32, **ran), None),
         (kinds.RemoveLoraCompleted(**ran), None),
@@ -268,7 +287,16 @@ def examples() -> dict[str, tuple[AnyEvent, Body | None]]:
         ),
         (
             kinds.SaveCompleted(
-                checkpoint="ck_one", name=None, step=3, lora=lora, num_bytes=99, state_digest="cd" * 32, **ran
+                checkpoint="ck_one",
+                name=None,
+                step=3,
+                lora=lora,
+                num_bytes=99,
+                state_digest="cd" * 32,
+                use="external",
+                ttl_s=60,
+                user_metadata={"k": "v"},
+                **ran,
             ),
             None,
         ),
@@ -305,6 +333,15 @@ def examples() -> dict[str, tuple[AnyEvent, Body | None]]:
             None,
         ),
         (kinds.LeaseGranted(resource="scheduler", holder="here", epoch=3), None),
+        (
+            kinds.SessionStarted(
+                session="se_one", client="tinker/1.2.3", display_name="mine", tags=["a"], user_metadata={"k": [1]}
+            ),
+            None,
+        ),
+        (kinds.SessionEnded(session="se_one", reason="errored", detail="no memory"), None),
+        (kinds.SamplerCreated(sampler="se_one:sample:0", session="se_one", checkpoint="ck_one"), None),
+        (kinds.CheckpointChanged(checkpoint="ck_one", expires_us=2**60, published=True, deleted=True), None),
         (kinds.KeyCreated(key_id="k_one", key_hash="12" * 32, admin=True, note="laptop"), None),
         (kinds.KeyRevoked(key_id="k_one"), None),
         (

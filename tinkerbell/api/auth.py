@@ -25,7 +25,8 @@ CACHE_TTL_S = 2.0
 """A revoked key opens nothing after this long, in every process."""
 
 _CACHE_SIZE = 4096
-_KEY = re.compile(r"tb-(k_[A-Za-z0-9_]{1,64})-([A-Za-z0-9_=-]{16,128})")
+_KEY = re.compile(r"(?:tml-)?tb-(k_[A-Za-z0-9_]{1,64})-([A-Za-z0-9_=-]{16,128})")
+"""With `tml-` before it a key passes the tinker SDK's own check."""
 _NO_HASH = hashlib.sha256(b"").hexdigest()
 _REFUSED = "Send an API key: 'Authorization: Bearer tb-...' or 'X-API-Key: tb-...'."
 

@@ -10,7 +10,8 @@ from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context
 from tinkerbell.api.correlation import correlation_of
 from tinkerbell.api.requests import ApiRequest
-from tinkerbell.api.submissions import Caller, Submitter
+from tinkerbell.api.submissions import Submitter
+from tinkerbell.api.submitting import Caller
 
 IdempotencyKey = Annotated[
     str | None,

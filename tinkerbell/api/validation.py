@@ -28,7 +28,8 @@ from tinkerbell.types import (
 MIN_TEMPERATURE = 1e-6
 """Below it logits divided by the temperature leave float32; 0 means greedy."""
 
-_ADAPTER_ID = re.compile(r"ad_[a-z2-7]{20}")
+_ADAPTER_ID = re.compile(r"ad_[a-z2-7]{20}|se_[a-z2-7]{20}:(train|sample):(0|[1-9][0-9]{0,17})")
+"""The second form: made within a session (api/tinker/names.py)."""
 _CHECKPOINT_ID = re.compile(r"ck_[a-z2-7]{20}")
 
 

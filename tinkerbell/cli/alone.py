@@ -1,17 +1,23 @@
 """For commands that change what is stored: no server may run on the log meanwhile."""
 
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from tinkerbell.errors import Conflict
+from tinkerbell.errors import Conflict, TinkerbellError
 
 if TYPE_CHECKING:
     from tinkerbell.events.leases import Lease
     from tinkerbell.events.store import EventStore
 
 TTL_S = 30.0
+SQLITE_TTL_S = 24 * 3600.0
+"""VACUUM holds the file for as long as it takes, and nobody can renew meanwhile. A killed command keeps no lease for
+all that: servers on SQLite are on its machine, and see that it has ended."""
+
+log = logging.getLogger("tinkerbell.cli")
 
 
 @contextmanager
@@ -20,7 +26,8 @@ def alone(store: "EventStore", what: str) -> Iterator["Lease"]:
     from tinkerbell.events.holders import name_this_process
     from tinkerbell.scheduler.service import RESOURCE
 
-    lease = store.acquire_lease(RESOURCE, name_this_process(what), TTL_S)
+    ttl_s = SQLITE_TTL_S if store.dialect == "sqlite" else TTL_S
+    lease = store.acquire_lease(RESOURCE, name_this_process(what), ttl_s)
     if lease is None:
         raise Conflict(
             "a server is running on this log: stop it first, all of its processes. One that was killed on another"
@@ -30,7 +37,10 @@ def alone(store: "EventStore", what: str) -> Iterator["Lease"]:
 
     def renew() -> None:
         while not done.wait(TTL_S / 3):
-            store.renew_lease(lease, TTL_S)
+            try:
+                store.renew_lease(lease, ttl_s)
+            except (TinkerbellError, OSError) as exc:
+                log.warning("the lease was not renewed: %s", exc)
 
     thread = threading.Thread(target=renew, name="lease", daemon=True)
     thread.start()

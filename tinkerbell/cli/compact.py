@@ -26,7 +26,7 @@ class Age(click.ParamType[int]):
     name = "age"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"(\d{1,6})([hdw])", str(value))
+        match = re.fullmatch(r"([0-9]{1,4})([hdw])", str(value))
         if match is None:
             self.fail(f"{value!r} is no age: a number and h, d or w, as in 30d", param, ctx)
         return int(match[1]) * _SECONDS[match[2]] * 1_000_000

@@ -61,11 +61,13 @@ class BlobStore:
             return False
 
     def get(self, digest: str) -> bytes:
-        """The bytes with this hash (hex). Raises Corrupt when they are missing or changed."""
+        """The bytes with this hash (hex). Raises Corrupt when they are missing, unreadable or changed."""
         try:
             data = self.path(digest).read_bytes()
         except FileNotFoundError as exc:
             raise Corrupt(f"blob {digest} is missing from {self._root}") from exc
+        except OSError as exc:
+            raise Corrupt(f"blob {digest} cannot be read: {exc}") from exc
         if hashlib.sha256(data).hexdigest() != digest:
             raise Corrupt(f"blob {digest} has other bytes than were written")
         return data

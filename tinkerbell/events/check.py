@@ -127,7 +127,7 @@ def stored_projections(connection: sa.Connection) -> projections.Tables:
             tuple(row[key] for key in projections.KEYS[name]): {
                 column: value
                 for column, value in row.items()
-                if column not in projections.KEYS[name] and column != "expires_us"
+                if column not in projections.KEYS[name] and (name, column) != ("leases", "expires_us")
             }
             for row in connection.execute(sa.select(table)).mappings()
         }

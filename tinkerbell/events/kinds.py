@@ -5,7 +5,7 @@ JSON, which an auditor queries with SQL); arrays travel beside it as the event's
 as named blobs. A new field needs a default; a new meaning needs a new `schema_version` and an upcaster in codec.py.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -14,6 +14,7 @@ from tinkerbell.types import (
     AdapterId,
     Category,
     CheckpointId,
+    CheckpointUse,
     Datum,
     DatumOutputs,
     LoraConfig,
@@ -21,7 +22,9 @@ from tinkerbell.types import (
     ModelInfo,
     OutputSpec,
     SampledSequence,
+    SamplerId,
     SamplingParams,
+    SessionId,
     TenantId,
 )
 
@@ -46,6 +49,7 @@ class AddLoraRequested(Request, frozen=True, kw_only=True, tag="add_lora.request
     name: str | None = None
     checkpoint: CheckpointId | None = None
     with_optimizer: bool = False
+    user_metadata: dict[str, str] = {}
 
 
 class RemoveLoraRequested(Request, frozen=True, kw_only=True, tag="remove_lora.requested"):
@@ -86,6 +90,8 @@ class SampleRequested(Request, frozen=True, kw_only=True, tag="sample.requested"
     params: SamplingParams
     num_tokens: int
     """Prompt tokens."""
+    prompt_logprobs_last: int | None = None
+    """The caller only wants those of so many tokens at the prompt's end."""
 
 
 class SaveRequested(Request, frozen=True, kw_only=True, tag="save.requested"):
@@ -93,6 +99,13 @@ class SaveRequested(Request, frozen=True, kw_only=True, tag="save.requested"):
 
     checkpoint: CheckpointId
     name: str | None = None
+    use: CheckpointUse = "state"
+    """Adam's moments are kept of a state only."""
+    ttl_s: int | None = None
+    """Seconds from its completion after which nobody can use it; None: for good."""
+    user_metadata: dict[str, str] = {}
+    sampler: SamplerId | None = None
+    """The sampler that was made for it in the same breath."""
 
 
 class LoadRequested(Request, frozen=True, kw_only=True, tag="load.requested"):
@@ -172,7 +185,7 @@ class SampleCompleted(Result, frozen=True, kw_only=True, tag="sample.completed")
 
 
 class SaveCompleted(Result, frozen=True, kw_only=True, tag="save.completed"):
-    """Blobs: weights, adapter_config, optimizer."""
+    """Blobs: weights, adapter_config; of a state optimizer as well."""
 
     checkpoint: CheckpointId
     name: str | None
@@ -180,6 +193,9 @@ class SaveCompleted(Result, frozen=True, kw_only=True, tag="save.completed"):
     lora: LoraConfig
     num_bytes: int
     state_digest: str
+    use: CheckpointUse = "state"
+    ttl_s: int | None = None
+    user_metadata: dict[str, str] = {}
 
 
 class LoadCompleted(Result, frozen=True, kw_only=True, tag="load.completed"):
@@ -305,6 +321,44 @@ class LeaseGranted(Event, frozen=True, kw_only=True, tag="lease.granted"):
     epoch: int
 
 
+class SessionStarted(Event, frozen=True, kw_only=True, tag="session.started"):
+    """A program of the tenant's began to work; what it makes has ids that begin with the session's."""
+
+    session: SessionId
+    client: str
+    """Name and version of the library that asked."""
+    display_name: str | None = None
+    tags: list[str] = []
+    user_metadata: dict[str, Any] = {}
+
+
+class SessionEnded(Event, frozen=True, kw_only=True, tag="session.ended"):
+    """It said so, or was not heard of for too long. What it saved stays."""
+
+    session: SessionId
+    reason: str
+    detail: str | None = None
+
+
+class SamplerCreated(Event, frozen=True, kw_only=True, tag="sampler.created"):
+    """Weights to sample from that nothing changes: a checkpoint's, or the base model's."""
+
+    sampler: SamplerId
+    session: SessionId
+    checkpoint: CheckpointId | None = None
+    """None: the base model."""
+
+
+class CheckpointChanged(Event, frozen=True, kw_only=True, tag="checkpoint.changed"):
+    """How long a checkpoint is kept and who may know of it; its contents never change."""
+
+    checkpoint: CheckpointId
+    expires_us: int | None
+    """Microseconds since 1970 after which nobody can use it; None: for good."""
+    published: bool
+    deleted: bool = False
+
+
 class KeyCreated(Event, frozen=True, kw_only=True, tag="key.created"):
     """An API key; only its hash is kept."""
 
@@ -409,6 +463,10 @@ AnyEvent = (
     | CheckpointWritten
     | EnvironmentRecorded
     | LeaseGranted
+    | SessionStarted
+    | SessionEnded
+    | SamplerCreated
+    | CheckpointChanged
     | KeyCreated
     | KeyRevoked
     | TenantConfigured

@@ -21,6 +21,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "futures": ("id",),
     "adapters": ("id",),
     "checkpoints": ("id",),
+    "sessions": ("id",),
+    "samplers": ("id",),
     "usage": ("hour_us", "tenant", "adapter", "kind"),
     "leases": ("resource",),
     "tenants": ("tenant",),
@@ -107,6 +109,30 @@ def fold(recorded: Recorded, cause: Cause | None) -> list[Change]:
             return [Set("batches", (event.batch,), {"state": "lost", "done_us": recorded.at_us})]
         case kinds.CheckpointWritten():
             return [_checkpoint(recorded, event, kind="recovery", name=None, after_seq=event.after_seq)]
+        case kinds.CheckpointChanged():
+            kept: Row = {"expires_us": event.expires_us, "published": event.published, "deleted": event.deleted}
+            return [Set("checkpoints", (event.checkpoint,), kept)]
+        case kinds.SessionStarted():
+            values: Row = {
+                "tenant": recorded.tenant,
+                "client": event.client,
+                "display_name": event.display_name,
+                "tags": _json_or_none(event.tags),
+                "user_metadata": _json_or_none(event.user_metadata),
+                "created_us": recorded.at_us,
+                "ended_us": None,
+            }
+            return [Put("sessions", (event.session,), values)]
+        case kinds.SessionEnded():
+            return [Set("sessions", (event.session,), {"ended_us": recorded.at_us})]
+        case kinds.SamplerCreated():
+            values = {
+                "tenant": recorded.tenant,
+                "session": event.session,
+                "checkpoint": event.checkpoint,
+                "created_us": recorded.at_us,
+            }
+            return [Put("samplers", (event.sampler,), values)]
         case kinds.EnvironmentRecorded():
             values = {
                 "digest": event.digest,
@@ -147,6 +173,11 @@ def fold(recorded: Recorded, cause: Cause | None) -> list[Change]:
             return [Put("removed_bulk", (position,), {"removed_by": recorded.position}) for position in event.positions]
         case _:
             raise TypeError(f"no fold for {type(event).__name__}")
+
+
+def _json_or_none(value: Any) -> str | None:
+    """Nothing for what is empty."""
+    return canonical_json(value) if value else None
 
 
 def apply(tables: Tables, change: Change) -> None:
@@ -195,6 +226,7 @@ def _adapter(recorded: Recorded, event: kinds.AddLoraRequested) -> Row:
         "seed": event.seed,
         "checkpoint": event.checkpoint,
         "with_optimizer": event.with_optimizer,
+        "user_metadata": _json_or_none(event.user_metadata),
         "state": "pending",
         "num_parameters": None,
         "step": 0,
@@ -270,6 +302,8 @@ def _checkpoint(
     after_seq: int,
 ) -> Put:
     lora: LoraConfig = event.lora
+    saved = event if isinstance(event, kinds.SaveCompleted) else None
+    ttl_s = saved.ttl_s if saved else None
     values = {
         "tenant": recorded.tenant,
         "adapter": recorded.adapter,
@@ -283,6 +317,11 @@ def _checkpoint(
         "blobs": canonical_json(recorded.blobs),
         "position": recorded.position,
         "created_us": recorded.at_us,
+        "use": saved.use if saved else "state",
+        "user_metadata": _json_or_none(saved.user_metadata if saved else {}),
+        "expires_us": None if ttl_s is None else recorded.at_us + ttl_s * 1_000_000,
+        "published": False,
+        "deleted": False,
     }
     return Put("checkpoints", (event.checkpoint,), values)
 

@@ -17,11 +17,13 @@ from tinkerbell.events.rows import (
     Row,
     RunCounts,
     RunPoint,
+    SamplerRow,
+    SessionRow,
     TenantRow,
     UsageRow,
 )
 from tinkerbell.events.run_points import fold_run
-from tinkerbell.types import SYSTEM_TENANT
+from tinkerbell.types import SYSTEM_TENANT, CheckpointUse
 
 __all__ = [
     "AdapterRow",
@@ -31,11 +33,15 @@ __all__ = [
     "Queries",
     "RunCounts",
     "RunPoint",
+    "SamplerRow",
+    "SessionRow",
     "TenantRow",
     "UsageRow",
 ]
 
 R = TypeVar("R", bound=Row)
+_EMPTY = {"lora": "", "blobs": "{}", "tags": "[]", "user_metadata": "{}"}
+"""Columns of JSON."""
 RUN_TYPES = ("forward_backward.completed", "optim_step.completed", "load.completed")
 
 
@@ -48,7 +54,8 @@ def _row(row: type[R], values: Mapping[Any, Any]) -> R:
 
 
 def _with_json(values: RowMapping) -> dict[str, Any]:
-    decoded = {name: msgspec.json.decode(values[name]) for name in ("lora", "blobs") if name in values}
+    # NULL is an empty one.
+    decoded = {name: msgspec.json.decode(values[name] or _EMPTY[name]) for name in _EMPTY if name in values}
     # Names of columns are a subclass of str, which msgspec does not take for one.
     return {str(name): decoded.get(name, value) for name, value in values.items()}
 
@@ -109,6 +116,13 @@ class Queries:
         assert row is not None
         return int(row["before"])
 
+    def last_request_us(self, adapter: str) -> int | None:
+        """When the newest request of the adapter was accepted."""
+        c = t.futures.c
+        query = sa.select(c.created_us).where(c.adapter == adapter).order_by(c.id.desc()).limit(1)
+        row = self._first(query)
+        return int(row["created_us"]) if row else None
+
     # ---- adapters and checkpoints ------------------------------------------------------------------------------------
 
     def adapter(self, tenant: str, id: str) -> AdapterRow | None:
@@ -139,6 +153,45 @@ class Queries:
         if kind is not None:
             query = query.where(c.kind == kind)
         return [msgspec.convert(_with_json(row), CheckpointRow) for row in self._all(query)]
+
+    def saved(self, tenant: str, adapter: str, use: CheckpointUse, name: str) -> CheckpointRow | None:
+        """The newest checkpoint of the adapter that was saved for this use under this name."""
+        c = t.checkpoints.c
+        query = (
+            sa.select(*_columns(t.checkpoints, CheckpointRow))
+            .where(c.tenant == tenant, c.adapter == adapter, c.kind == "save", c.use == use, c.name == name)
+            .order_by(c.position.desc())
+            .limit(1)
+        )
+        row = self._first(query)
+        return msgspec.convert(_with_json(row), CheckpointRow) if row else None
+
+    # ---- sessions and samplers ---------------------------------------------------------------------------------------
+
+    def session(self, tenant: str, id: str) -> SessionRow | None:
+        """A session of the tenant, ended or not."""
+        c = t.sessions.c
+        row = self._first(sa.select(*_columns(t.sessions, SessionRow)).where(c.id == id, c.tenant == tenant))
+        return msgspec.convert(_with_json(row), SessionRow) if row else None
+
+    def sessions(self, tenant: str) -> list[SessionRow]:
+        """Sessions of the tenant, newest first."""
+        c = t.sessions.c
+        query = sa.select(*_columns(t.sessions, SessionRow)).where(c.tenant == tenant)
+        rows = self._all(query.order_by(c.created_us.desc(), c.id))
+        return [msgspec.convert(_with_json(row), SessionRow) for row in rows]
+
+    def sampler(self, tenant: str, id: str) -> SamplerRow | None:
+        """A sampler of the tenant."""
+        c = t.samplers.c
+        row = self._first(sa.select(*_columns(t.samplers, SamplerRow)).where(c.id == id, c.tenant == tenant))
+        return _row(SamplerRow, row) if row else None
+
+    def samplers(self, tenant: str, session: str) -> list[SamplerRow]:
+        """Samplers of a session of the tenant, oldest first."""
+        c = t.samplers.c
+        query = sa.select(*_columns(t.samplers, SamplerRow)).where(c.tenant == tenant, c.session == session)
+        return [_row(SamplerRow, row) for row in self._all(query.order_by(c.created_us, c.id))]
 
     # ---- tenants and keys --------------------------------------------------------------------------------------------
 

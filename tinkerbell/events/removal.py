@@ -11,7 +11,9 @@ import msgspec
 import sqlalchemy as sa
 
 from tinkerbell.errors import Compacted, Erased, Gone
+from tinkerbell.events.codec import canonical_json
 from tinkerbell.events.tables import blobs, data_keys, erasures, event_blobs, events, removed_bulk
+from tinkerbell.types import TenantId
 
 FILE, REMOVED = "file", "removed"
 """Where a blob is: in the blob directory, or nowhere any more."""
@@ -89,25 +91,39 @@ def why_blob_gone(connection: sa.Connection, digest: str) -> Gone | None:
     return reasons[0] if reasons and all(reasons) else None
 
 
-_BEGUN = (
-    sa.select(events.c.created_us)
-    .join(erasures, erasures.c.position == events.c.position)
-    .where(erasures.c.tenant == data_keys.c.tenant)
-    .scalar_subquery()
-)
-_OUTLIVED = sa.and_(data_keys.c.wrapped.is_not(None), data_keys.c.created_us <= _BEGUN)
-"""A data key that its tenant had when it was erased."""
+def _keys_of_erased(connection: sa.Connection) -> dict[TenantId, list[bytes]]:
+    """Tenant -> ids of the data keys that its erasure says it destroys. No clock decides: it may have been moved."""
+    said = sa.select(events.c.tenant, events.c.data).join(erasures, erasures.c.position == events.c.position)
+    found = {}
+    for tenant, data in connection.execute(said):
+        text = data if isinstance(data, str) else canonical_json(data)
+        found[tenant] = [bytes.fromhex(key) for key in msgspec.json.decode(text, type=_Said).data_keys]
+    return found
 
 
-def living_keys_of_erased(connection: sa.Connection) -> list[str]:
+class _Said(msgspec.Struct):
+    """What is needed of a tenant.erased."""
+
+    data_keys: list[str]
+
+
+def _living(connection: sa.Connection, keys: Sequence[bytes]) -> list[bytes]:
+    query = sa.select(data_keys.c.id).where(data_keys.c.id.in_(keys), data_keys.c.wrapped.is_not(None))
+    return list(connection.execute(query).scalars())
+
+
+def living_keys_of_erased(connection: sa.Connection) -> list[TenantId]:
     """Tenants that were erased and whose keys of then are still there."""
-    return list(connection.execute(sa.select(data_keys.c.tenant).where(_OUTLIVED)).scalars())
+    return [tenant for tenant, keys in _keys_of_erased(connection).items() if _living(connection, keys)]
 
 
 def destroy_keys(connection: sa.Connection) -> int:
     """Destroy the data keys that erased tenants had when they were erased; how many there were."""
+    living = [key for keys in _keys_of_erased(connection).values() for key in _living(connection, keys)]
     values = {"wrapped": None, "destroyed_us": time.time_ns() // 1000}
-    return connection.execute(data_keys.update().where(_OUTLIVED).values(values)).rowcount
+    for key in living:
+        connection.execute(data_keys.update().where(data_keys.c.id == key).values(values))
+    return len(living)
 
 
 def drop_bodies(connection: sa.Connection) -> int:

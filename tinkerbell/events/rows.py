@@ -1,10 +1,10 @@
 """Rows of the projections, as the queries give them. Times are microseconds since 1970, UTC."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from tinkerbell.types import LoraConfig
+from tinkerbell.types import CheckpointUse, LoraConfig
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +54,7 @@ class AdapterRow(Row, frozen=True, kw_only=True):
     """Loss per token of its newest forward_backward."""
     state_digest: str | None
     created_us: int
+    user_metadata: dict[str, str]
 
 
 class CheckpointRow(Row, frozen=True, kw_only=True):
@@ -72,6 +73,40 @@ class CheckpointRow(Row, frozen=True, kw_only=True):
     state_digest: str
     blobs: dict[str, str]
     """Name (weights, adapter_config, optimizer) -> hash (hex)."""
+    created_us: int
+    use: CheckpointUse
+    user_metadata: dict[str, str]
+    expires_us: int | None
+    """Nobody can use it from then on; None: never."""
+    published: bool
+    deleted: bool
+
+    def is_usable(self, now_us: int) -> bool:
+        """Whether somebody may still load it or sample from it."""
+        return not self.deleted and (self.expires_us is None or now_us < self.expires_us)
+
+
+class SessionRow(Row, frozen=True, kw_only=True):
+    """A program of the tenant's."""
+
+    id: str
+    tenant: str
+    client: str
+    display_name: str | None
+    tags: list[str]
+    user_metadata: dict[str, Any]
+    created_us: int
+    ended_us: int | None
+
+
+class SamplerRow(Row, frozen=True, kw_only=True):
+    """Weights to sample from."""
+
+    id: str
+    tenant: str
+    session: str
+    checkpoint: str | None
+    """None: the base model."""
     created_us: int
 
 

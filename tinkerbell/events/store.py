@@ -47,6 +47,8 @@ class EventStore:
         """Erasing tenants, compacting old bulk."""
         self._tail = Tail(reader)
         self._writer = Writer(writer, self._tail.push, group_events=group_events)
+        self.dialect = writer.dialect.name
+        """`sqlite` or `postgresql`."""
         self.queries = Queries(reader)
         """Read-only questions to the projections."""
 
@@ -184,6 +186,10 @@ class EventStore:
         """What the blob with this sha256 (hex, of the bytes as stored) holds. Raises Corrupt when it is missing or
         changed, Erased, Compacted, KeyUnavailable."""
         return self._vault.open(self._stored_blob(digest))
+
+    def authenticate(self, data: bytes) -> bytes:
+        """[32] HMAC-SHA256 that only who has the key file can make. Raises KeyUnavailable."""
+        return self._vault.authenticate(data)
 
     def require_blobs(self, digests: Collection[str]) -> None:
         """Raise Erased or Compacted where one of these blobs was removed."""

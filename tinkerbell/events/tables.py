@@ -189,6 +189,7 @@ adapters = sa.Table(
     C("seed", Big, nullable=False),
     C("checkpoint", Text, comment="checkpoint it started from"),
     C("with_optimizer", Boolean, nullable=False),
+    C("user_metadata", Json),
     C(
         "state",
         Text,
@@ -220,9 +221,37 @@ checkpoints = sa.Table(
     C("blobs", Json, nullable=False, comment="name -> hash (hex)"),
     C("position", Big, nullable=False),
     C("created_us", Big, nullable=False),
+    C("use", Text, nullable=False, server_default="state", comment="state, sampler or external"),
+    C("user_metadata", Json),
+    C("expires_us", Big, comment="nobody can use it from then on; NULL: never"),
+    C("published", Boolean, nullable=False, server_default=sa.false()),
+    C("deleted", Boolean, nullable=False, server_default=sa.false()),
     Index(None, "adapter", "after_seq"),
     Index(None, "tenant", "position"),
     comment="Saved adapters: by their users, and the server's own recovery points.",
+)
+sessions = sa.Table(
+    "sessions",
+    metadata,
+    C("id", Text, primary_key=True),
+    C("tenant", Text, nullable=False, index=True),
+    C("client", Text, nullable=False, comment="library that asked, with its version"),
+    C("display_name", Text),
+    C("tags", Json),
+    C("user_metadata", Json),
+    C("created_us", Big, nullable=False),
+    C("ended_us", Big),
+    comment="Programs of tenants; ids of what they made begin with the session's.",
+)
+samplers = sa.Table(
+    "samplers",
+    metadata,
+    C("id", Text, primary_key=True),
+    C("tenant", Text, nullable=False, index=True),
+    C("session", Text, nullable=False, index=True),
+    C("checkpoint", Text, comment="NULL: the base model"),
+    C("created_us", Big, nullable=False),
+    comment="Weights to sample from that nothing changes.",
 )
 usage = sa.Table(
     "usage",
@@ -320,7 +349,7 @@ PROJECTIONS: dict[str, sa.Table] = {
     table.name: table
     for table in (
         *(futures, adapters, checkpoints, usage, leases, tenants, api_keys, environments, batches),
-        *(erasures, removed_bulk),
+        *(erasures, removed_bulk, sessions, samplers),
     )
 }
 """Tables that can be rebuilt from the log."""

@@ -6,6 +6,7 @@ them; hashes and chains are over the encrypted bytes and still verify.
 
 import contextlib
 import hashlib
+import hmac
 import os
 import secrets
 import tempfile
@@ -77,6 +78,12 @@ class Vault:
         with self._lock:
             self._by_tenant.pop(tenant, None)
             self._by_id.clear()
+
+    def authenticate(self, data: bytes) -> bytes:
+        """[32] HMAC-SHA256 under a key that follows from the one in the file. Raises KeyUnavailable."""
+        with self._lock:
+            kek = self._load() or self._create()
+        return hmac.digest(hmac.digest(kek, b"tinkerbell authentication", "sha256"), data, "sha256")
 
     # ---- data keys -------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,10 @@ read as it is, or be unpacked into a directory, which can be read as well.
 
 import hashlib
 import re
+import shutil
+import tempfile
 import zipfile
+import zlib
 from collections.abc import Collection, Iterator
 from contextlib import closing
 from importlib.metadata import version
@@ -27,7 +30,7 @@ import msgspec
 
 from tinkerbell.errors import Conflict, Corrupt, InvalidRequest, NotFound
 from tinkerbell.events import envelope, kinds
-from tinkerbell.events.kinds import type_of
+from tinkerbell.events.kinds import BodyCodec, type_of
 from tinkerbell.replay.history import History, read_history
 from tinkerbell.replay.integrity import Tell
 from tinkerbell.replay.log import COLUMNS, Entry, Log, entry
@@ -39,6 +42,38 @@ MANIFEST, EVENTS = "manifest.json", "events.jsonl"
 BINARY = tuple(column.name for column in COLUMNS if column.name in ("request_hash", "body_hash", "prev_hash", "hash"))
 NAME = re.compile(r"events\.jsonl|bodies/[0-9]+|blobs/[0-9a-f]{64}")
 """Of a file in an archive: nothing else is ever written anywhere."""
+
+
+_UNREADABLE = (OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+"""What zipfile raises for what it cannot read: damaged, encrypted, or compressed in another way."""
+
+
+class _Columns(msgspec.Struct):
+    """Types of a row's columns; those that are never NULL have to be there."""
+
+    position: int
+    stream: str
+    stream_version: int
+    type: str
+    schema_version: int
+    tenant: str
+    data: str
+    num_blobs: int
+    created_us: int
+    prev_hash: bytes
+    hash: bytes
+    adapter: str | None = None
+    seq: int | None = None
+    causation: int | None = None
+    correlation: str | None = None
+    actor: str | None = None
+    idempotency_key: str | None = None
+    request_hash: bytes | None = None
+    body_codec: BodyCodec | None = None
+    body_hash: bytes | None = None
+    body_len: int | None = None
+    fence_resource: str | None = None
+    fence_epoch: int | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +89,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     num_events: int
     files: dict[str, str]
     """Name -> sha256 (hex)."""
+    head: str = ""
+    """Hash (hex) of the run's last event. Kept elsewhere it tells later whether the archive is still the one."""
     keys: dict[str, str] = {}
     """sha256 (hex) of an encrypted body or blob as stored -> its key (hex); see events/envelope.py."""
 
@@ -97,6 +134,7 @@ def export(log: Log, run: str, file: Path, *, tell: Tell = lambda _what, _done, 
                 name=history.name,
                 made_by=version("tinkerbell-server"),
                 num_events=len(entries),
+                head=history.entries[-1].recorded.hash,
                 files=dict(sorted(files.items())),
                 keys=dict(sorted(keys.items())),
             )
@@ -109,19 +147,28 @@ def export(log: Log, run: str, file: Path, *, tell: Tell = lambda _what, _done, 
 
 
 def unpack(file: Path, directory: Path) -> Manifest:
-    """Write an archive's files into an empty or new directory, each checked against the manifest first.
+    """Write an archive's files into an empty or new directory, once each was checked against the manifest.
 
-    Raises Conflict where there is something already, InvalidRequest for what is no archive, Corrupt.
+    Raises Conflict where there is something already, InvalidRequest for what is no archive, Corrupt; then the directory
+    is as it was.
     """
     if directory.exists() and any(directory.iterdir()):
         raise Conflict(f"{directory} is not empty")
-    with closing(ArchiveLog.open(file)) as log:
-        for name in log.manifest.files:
-            path = directory / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(log.read(name))
-        (directory / MANIFEST).write_bytes(msgspec.json.encode(log.manifest))
-        return log.manifest
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        with closing(ArchiveLog.open(file)) as log:
+            for name in log.manifest.files:
+                path = part / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(log.read(name))
+            (part / MANIFEST).write_bytes(msgspec.json.encode(log.manifest))
+            part.chmod(0o755)
+            part.replace(directory)
+            return log.manifest
+    except BaseException:
+        shutil.rmtree(part)
+        raise
 
 
 class ArchiveLog:
@@ -133,6 +180,10 @@ class ArchiveLog:
         self._archive = archive
         self.manifest = self._manifest()
         self._rows = [_row(line) for line in self.read(EVENTS).splitlines()]
+        if len(self._rows) != self.manifest.num_events:
+            raise Corrupt(f"{name} has {len(self._rows)} events, and {self.manifest.num_events} were exported")
+        if not any(each.recorded.adapter == self.manifest.run for each in self._rows):
+            raise Corrupt(f"{name} has no event of its run {self.manifest.run}")
 
     @classmethod
     def open(cls, path: Path) -> "ArchiveLog":
@@ -155,7 +206,7 @@ class ArchiveLog:
             raise Corrupt(f"{self.name} has no {name}")
         try:
             data = (self._root / name).read_bytes()
-        except (OSError, KeyError, zipfile.BadZipFile) as exc:
+        except _UNREADABLE as exc:
             raise Corrupt(f"{self.name}: {name} cannot be read: {exc}") from exc
         if hashlib.sha256(data).hexdigest() != self.manifest.files[name]:
             raise Corrupt(f"{self.name}: {name} has other bytes than were exported")
@@ -225,7 +276,7 @@ class ArchiveLog:
     def _manifest(self) -> Manifest:
         try:
             manifest = msgspec.json.decode((self._root / MANIFEST).read_bytes(), type=Manifest)
-        except (OSError, KeyError, zipfile.BadZipFile, msgspec.DecodeError) as exc:
+        except (*_UNREADABLE, msgspec.DecodeError) as exc:
             raise InvalidRequest(f"{self.name} is not an exported run: {exc}") from exc
         if manifest.format != FORMAT or manifest.version not in (PLAIN, WITH_KEYS):
             what = f"{manifest.format} version {manifest.version}"
@@ -265,8 +316,9 @@ def _row(line: bytes) -> Entry:
             name: bytes.fromhex(found) if name in BINARY and found is not None else found
             for name, found in value["columns"].items()
         }
+        msgspec.convert(columns, _Columns)
         row = entry(columns, {name: bytes.fromhex(digest) for name, digest in value["blobs"].items()})
-    except (msgspec.DecodeError, KeyError, TypeError, ValueError) as exc:
+    except (msgspec.MsgspecError, KeyError, TypeError, ValueError) as exc:
         raise Corrupt(f"an event of the archive cannot be read: {exc}") from exc
     if type_of(row.recorded.event) != columns["type"]:
         raise Corrupt(f"event {row.position}: the type is {columns['type']}, the data says otherwise")

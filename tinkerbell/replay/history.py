@@ -1,5 +1,6 @@
 """One run as the log tells it: every request of an adapter with its answer, its plan and the environment it ran in."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from tinkerbell.events.kinds import EnvironmentRecorded, PlannedUnit
 from tinkerbell.replay.log import Entry, Log
 from tinkerbell.scheduler.recovery import BOUNDARIES, ORIGINS, Marks, last_marks
 from tinkerbell.types import SYSTEM_TENANT
+
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,7 @@ class History:
         Raises InvalidRequest for what is no place, NotFound for one that the run has not reached.
         """
         word, colon, number = at.rpartition(":")
-        if not number.isdigit() or (colon and word != "step"):
+        if not _NUMBER.fullmatch(number) or (colon and word != "step"):
             raise InvalidRequest(f"{at!r} is neither SEQ (as 12) nor step:N (as step:6)")
         found: Call | None = None
         for call in self.calls:

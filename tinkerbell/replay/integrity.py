@@ -17,12 +17,17 @@ Tell = Callable[[str, float, float], None]
 """(what is done, done, total)."""
 
 
-def check(log: Log, history: History, tell: Tell) -> list[Finding]:
+def check(log: Log, history: History, tell: Tell, *, head: str | None = None) -> list[Finding]:
     """Everything that is not what the log itself says it is, by position. Reads every body and blob of the run.
+    `head`: hash (hex) of an event that the run must have.
 
     Raises Gone where some of them were erased or compacted: then the run cannot be executed again.
     """
-    found = [*_chain(history), *_rows(history)]
+    others = [*history.plans.values(), *history.environments.values(), *_checkpoints(log, history)]
+    found = [*_chain(history), *_rows(others)]
+    if head is not None and not any(each.recorded.hash == head for each in history.entries):
+        last = history.entries[-1]
+        found.append(Finding(what="chain", position=last.position, recorded=head, found="no event with this hash"))
     total = len(history.entries)
     gone: dict[int, Gone] = {}
     for number, each in enumerate(history.entries):
@@ -82,9 +87,19 @@ def _chain(history: History) -> Iterator[Finding]:
         version, prev_hash = recorded.stream_version, columns["hash"]
 
 
-def _rows(history: History) -> Iterator[Finding]:
-    """Plans and environments, of whose stream only some events are the run's: each by itself."""
-    for each in (*history.plans.values(), *history.environments.values()):
+def _checkpoints(log: Log, history: History) -> Iterator[Entry]:
+    """Of other runs, that this one loaded."""
+    for call in history.calls:
+        checkpoint = getattr(call.asked, "checkpoint", None)
+        if isinstance(call.asked, kinds.AddLoraRequested | kinds.LoadRequested) and checkpoint is not None:
+            made = log.checkpoint(history.tenant, checkpoint)
+            if made is not None and made.recorded.adapter != history.run:
+                yield made
+
+
+def _rows(others: Sequence[Entry]) -> Iterator[Finding]:
+    """Events of whose stream only some are the run's: each by itself."""
+    for each in others:
         if each.recorded.hash != (found := _hash(each, each.columns["prev_hash"])):
             yield Finding(what="chain", position=each.position, recorded=each.recorded.hash, found=found)
 

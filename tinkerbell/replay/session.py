@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -45,12 +46,12 @@ class ExecutorChoice(msgspec.Struct, frozen=True, kw_only=True):
     def of(self, recorded: EnvironmentRecorded) -> tuple[str, ExecutorOptions]:
         """(entry point, options) for an environment of the log."""
         kind = self.executor or recorded.executor
-        threads = recorded.facts.get("threads", "")
+        threads = re.fullmatch("[0-9]{1,4}", recorded.facts.get("threads", ""))
         # A log of an older release says only where the model's tokenizer is, which is where the model is.
         source = recorded.source or recorded.model.tokenizer or None
         return kind, ExecutorOptions(
             model=self.model if self.model is not None else source,
-            threads=self.threads if self.threads is not None else int(threads) if threads.isdigit() else None,
+            threads=self.threads if self.threads is not None else int(threads[0]) if threads else None,
             extra=self.options if self.options is not None else recorded.options,
         )
 

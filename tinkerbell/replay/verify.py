@@ -53,6 +53,7 @@ def verify(
     since: str | None = None,
     samples: bool = False,
     keep_going: bool = False,
+    head: str | None = None,
     rtol: float | None = None,
     tell: Tell = lambda _what, _done, _total: None,
 ) -> Report:
@@ -62,7 +63,7 @@ def verify(
     NotFound, InvalidRequest, Corrupt, MissingPackage, ExecutorDied and what the executor raises where it cannot start:
     then nothing is known about the run.
     """
-    return asyncio.run(_verify(log, run, choice or ExecutorChoice(), since, samples, keep_going, rtol, tell))
+    return asyncio.run(_verify(log, run, choice or ExecutorChoice(), since, samples, keep_going, head, rtol, tell))
 
 
 async def _verify(
@@ -72,12 +73,13 @@ async def _verify(
     since: str | None,
     samples: bool,
     keep_going: bool,
+    head: str | None,
     rtol: float | None,
     tell: Tell,
 ) -> Report:
     started = time.monotonic()
     history = read_history(log, run)
-    broken = check(log, history, tell)
+    broken = check(log, history, tell, head=head)
     begun_at_step = 0
     replayer = Replayer(log, history, choice, tell, rtol=rtol, samples=samples, keep_going=keep_going)
     async with replayer:

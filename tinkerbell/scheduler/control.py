@@ -92,6 +92,8 @@ class Control:
     async def _save(self, link: ExecutorLink, adapter: str, event: kinds.SaveRequested) -> Done:
         saved = await link.snapshot(adapter)
         state, blobs = saved.value, state_blobs(saved.value)
+        if event.use != "state":
+            blobs.pop("optimizer", None)
         completed = kinds.SaveCompleted(
             checkpoint=event.checkpoint,
             name=event.name,
@@ -99,6 +101,9 @@ class Control:
             lora=state.lora,
             num_bytes=sum(map(len, blobs.values())),
             state_digest=state.digest,
+            use=event.use,
+            ttl_s=event.ttl_s,
+            user_metadata=event.user_metadata,
         )
         return Done(completed, saved.busy_us, blobs)
 

@@ -33,7 +33,8 @@ _PAGE = 1000
 _PAGE_BACK = 64
 
 ORIGINS = (kinds.AddLoraCompleted, kinds.LoadCompleted, kinds.SaveCompleted, kinds.CheckpointWritten)
-"""Events from which an adapter's weights and moments can be had without what came before."""
+"""Events from which an adapter's weights and moments can be had without what came before; of the saved ones only those
+with `use` = state."""
 
 BOUNDARIES = (kinds.AddLoraCompleted, kinds.LoadCompleted, kinds.OptimStepCompleted)
 """Events after which no gradient is accumulated."""
@@ -71,7 +72,7 @@ def last_marks(events: Sequence[Recorded]) -> Marks | None:
     """
     origin: Recorded | None = None
     for recorded in events:
-        if isinstance(recorded.event, ORIGINS) and (origin is None or covers(recorded) >= covers(origin)):
+        if _is_origin(recorded.event) and (origin is None or covers(recorded) >= covers(origin)):
             origin = recorded
     if origin is None:
         return None
@@ -81,6 +82,10 @@ def last_marks(events: Sequence[Recorded]) -> Marks | None:
         if isinstance(recorded.event, BOUNDARIES) and covers(recorded) <= covers(origin)
     ]
     return Marks(origin, max(boundaries)) if boundaries else None
+
+
+def _is_origin(event: kinds.AnyEvent) -> bool:
+    return isinstance(event, ORIGINS) and not (isinstance(event, kinds.SaveCompleted) and event.use != "state")
 
 
 def covers(recorded: Recorded) -> int:
@@ -202,8 +207,8 @@ class Recovery:
             units, batch, tokens = [], [], 0
 
     def _weigh(self, committed: Committed, found: list[UnitResult], difference: str, step: int) -> None:
-        """A request came to other bits than recorded. Raises StateLost unless nobody promised them and the numbers are
-        close.
+        """A request came to other bits than recorded. Raises StateLost unless nobody promised them, or nothing rests on
+        them; then the numbers must be close.
 
         In another environment an accumulated gradient is computed anew: nothing acknowledged has been built on its
         bits. A step that was taken is not taken again otherwise, or the log would name weights that nobody has.
@@ -212,14 +217,13 @@ class Recovery:
         assert now is not None
         then = self._environment_of(committed)
         changes = differences(then, now)
-        promised = then.exact and now.exact
         said = f"{difference} (after step {step})"
         if changes:
             named = "; ".join(f"{each.fact} was {each.recorded}, is {each.found}" for each in changes)
             said += f", in another environment: {named}"
-        if promised and not changes:
+        if then.exact and not changes:
             raise StateLost(said)
-        if promised and isinstance(committed.request.event, kinds.OptimStepRequested):
+        if then.exact and isinstance(committed.request.event, kinds.OptimStepRequested):
             raise StateLost(f"{said}. Start the server as it was, or load a checkpoint")
         if (deviation := committed.deviation(found, tolerance_of(now.facts.get("dtype")), step)) is not None:
             raise StateLost(f"{deviation}: {said}" if deviation not in said else said)

@@ -21,7 +21,8 @@ def export(
     """Write RUN to one file: its events, data, checkpoints, plans and environments, with a hash of each.
 
     It holds the data the run was trained on. Every replay command takes the file in the place of RUN, on any machine
-    that has the base model.
+    that has the base model. Keep the head it prints elsewhere: `replay verify FILE --head` tells whether the file was
+    written anew or cut off.
 
     \b
     tinkerbell replay export ad_5h3k --out run.zip
@@ -32,9 +33,10 @@ def export(
     with log_of(run, config, data_dir, database_url) as (log, name), progress(f"export {name}") as tell:
         manifest = replay.export(log, name, out, tell=tell)
     if as_json:
-        print_json({"file": str(out), "run": manifest.run, "num_events": manifest.num_events})
+        print_json({"file": str(out), "run": manifest.run, "num_events": manifest.num_events, "head": manifest.head})
     else:
         click.echo(f"{out}: run {manifest.run}, {manifest.num_events} events, {len(manifest.files)} files")
+        click.echo(f"head {manifest.head}")
 
 
 @click.command("import")

@@ -32,7 +32,12 @@ if TYPE_CHECKING:
 )
 @click.option("--samples", is_flag=True, help="Draw the samples again, too; tokens and logprobs must be the same.")
 @click.option("--keep-going", is_flag=True, help="Go on after the first divergence.")
-@click.option("--rtol", type=click.FloatRange(min=0, min_open=True), help="Bound of losses, relative, per step.")
+@click.option("--head", help="Hash of an event that the run must have, as `replay export` printed it.")
+@click.option(
+    "--rtol",
+    type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
+    help="Bound of losses, relative, per step.",
+)
 @click.option(
     "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Recorded and replayed losses; .png or .html."
 )
@@ -44,6 +49,7 @@ def verify(
     since: str | None,
     samples: bool,
     keep_going: bool,
+    head: str | None,
     rtol: float | None,
     plot: Path | None,
     executor: str | None,
@@ -75,7 +81,7 @@ def verify(
         with progress(f"verify {name}") as tell:
             report = replay.verify(
                 log, name, choice=choice_of(executor, model, threads, pairs), since=since, samples=samples,
-                keep_going=keep_going, rtol=rtol, tell=tell,
+                keep_going=keep_going, head=head, rtol=rtol, tell=tell,
             )  # fmt: skip
         if plot is not None:
             recorded = plotting.curve("recorded", [(point.step, point.recorded) for point in report.points])

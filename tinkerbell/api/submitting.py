@@ -1,0 +1,201 @@
+"""From a valid request to a committed request event and its pending future.
+
+One thread hop holds everything that may touch the database or loop over tokens; the commit itself is the
+store's group commit.
+"""
+
+import asyncio
+import base64
+import secrets
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from tinkerbell.api import admission, idempotency, validation
+from tinkerbell.api.auth import Principal
+from tinkerbell.api.context import Context, Held
+from tinkerbell.errors import NotFound, Unavailable, UserError
+from tinkerbell.events import kinds
+from tinkerbell.events.rows import CheckpointRow
+from tinkerbell.types import AdapterId, ModelInfo, is_sampler
+
+RECENT_S = 60.0
+"""Window of the speed that Retry-After is estimated from."""
+
+_LIVING = ("pending", "ready")
+
+Accepted = asyncio.Future[list[kinds.Recorded]]
+"""Done when the event is committed."""
+Prepared = tuple[Accepted, Held, int] | kinds.Recorded
+"""What is on its way, what it holds and its place in the line; or the request that had its idempotency key before."""
+
+
+class Caller(msgspec.Struct, frozen=True, kw_only=True):
+    """Who submits, and what identifies the request."""
+
+    principal: Principal
+    correlation: str
+    idempotency_key: str | None
+    raw: bytes
+    """The body as it was sent."""
+
+
+class Draft(msgspec.Struct, frozen=True, kw_only=True):
+    """A request event that only lacks its envelope."""
+
+    before: tuple[kinds.NewEvent, ...] = ()
+    """What is written right before it, or not without it."""
+
+    event: kinds.AnyRequest
+    tokens: int = 0
+    adapters: int = 0
+    """New ones."""
+    body: kinds.Body | None = None
+    expected_seq: int | None = None
+
+
+class Submitting:
+    """Submits one caller's requests."""
+
+    def __init__(self, context: Context, caller: Caller) -> None:
+        self._context = context
+        self._caller = caller
+        self._tenant = caller.principal.tenant
+
+    async def submit(
+        self,
+        kind: str,
+        adapter: AdapterId | None,
+        draft: Callable[[ModelInfo], Draft],
+        *,
+        path_id: AdapterId | None,
+    ) -> tuple[kinds.Recorded, int | None]:
+        """The committed request, and its place in the tenant's line if it is new. `path_id`: the adapter as the caller
+        named it. `draft` may block.
+
+        Raises what `draft` raises, NotFound, Conflict, IdempotencyConflict, TooManyRequests, TooLarge, Unavailable.
+        """
+        context, caller = self._context, self._caller
+        if (failure := context.failure()) is not None:
+            raise Unavailable(
+                f"The scheduler has stopped ({type(failure).__name__}); see the server's log.",
+                retry_after_s=10.0,
+            )
+
+        loop = asyncio.get_running_loop()
+
+        def prepare() -> Prepared:
+            keyed = caller.idempotency_key is not None
+            hashed = self._request_hash(kind, path_id) if keyed else None
+            try:
+                made = draft(context.model())
+                held = Held(1, made.tokens, made.adapters)
+                before = context.in_flight.hold(self._tenant, held)
+                try:
+                    place = self._admit(made, before)
+                    request = self._envelope(adapter, made, hashed)
+                    accepted = context.store.submit_from(loop, *made.before, request)
+                except BaseException:
+                    context.in_flight.release(self._tenant, held)
+                    raise
+            except UserError:
+                # A request whose first answer was lost has its place, whatever would be said to a new one.
+                known = idempotency.find(context.store, self._tenant, caller.idempotency_key, hashed)
+                if known is not None:
+                    return known
+                raise
+            return accepted, held, place
+
+        preparing = asyncio.ensure_future(asyncio.to_thread(prepare))
+        try:
+            prepared = await asyncio.shield(preparing)
+        except asyncio.CancelledError:
+            # The caller is gone, the thread goes on: what it will hold must not be held for ever.
+            preparing.add_done_callback(self._abandon)
+            raise
+        if isinstance(prepared, kinds.Recorded):
+            return prepared, None
+        accepted, held, place = prepared
+        try:
+            recorded = (await accepted)[-1]
+        except NotFound as error:
+            raise (validation.no_adapter(path_id) if path_id is not None else error) from error
+        finally:
+            context.in_flight.release(self._tenant, held)
+        # An idempotent replay gives the first event back, whose place in the line is not this one.
+        first = recorded.correlation == caller.correlation
+        return recorded, place if first else None
+
+    def _request_hash(self, kind: str, path_id: AdapterId | None) -> bytes:
+        """What the caller asked, for its idempotency key."""
+        return idempotency.request_hash(kind, path_id, self._caller.raw)
+
+    def _abandon(self, preparing: "asyncio.Future[Prepared]") -> None:
+        """Let go of what was held for a request that nobody waits for any more, once it is written or refused."""
+        if preparing.cancelled() or preparing.exception() is not None:
+            return
+        prepared = preparing.result()
+        if isinstance(prepared, kinds.Recorded):
+            return
+        accepted, held, _ = prepared
+
+        def let_go(done: Accepted) -> None:
+            if not done.cancelled():
+                done.exception()  # nobody else will look at it
+            self._context.in_flight.release(self._tenant, held)
+
+        accepted.add_done_callback(let_go)
+
+    def _envelope(self, adapter: AdapterId | None, made: Draft, hashed: bytes | None) -> kinds.NewEvent:
+        caller = self._caller
+        return kinds.NewEvent(
+            event=made.event,
+            body=made.body,
+            tenant=self._tenant,
+            stream=f"tenant/{self._tenant}" if adapter is None else f"adapter/{adapter}",
+            adapter=adapter,
+            correlation=caller.correlation,
+            actor=caller.principal.key_id,
+            idempotency_key=caller.idempotency_key,
+            request_hash=hashed,
+            expected_seq=made.expected_seq,
+        )
+
+    def usable_checkpoint(self, text: str) -> CheckpointRow:
+        """A checkpoint that the tenant saved and may still use. Raises NotFound."""
+        row = self._context.store.queries.checkpoint(self._tenant, validation.checkpoint_id(text))
+        if row is None or row.kind != "save" or not row.is_usable(time.time_ns() // 1000):
+            raise validation.no_checkpoint(text)
+        return row
+
+    def _limits(self) -> admission.TenantLimits:
+        row = self._context.tenant(self._tenant)
+        return admission.limits_of(
+            self._context.settings.limits,
+            max_requests=row.max_pending_requests,
+            max_tokens=row.max_pending_tokens,
+            max_adapters=row.max_adapters,
+        )
+
+    def _admit(self, made: Draft, held: Held) -> int:
+        """The place in the tenant's line behind what is held already. Raises TooManyRequests, TooLarge, Conflict."""
+        queries, tokens = self._context.store.queries, made.tokens
+        limits = self._limits()
+        if made.adapters:
+            rows = queries.adapters(self._tenant)
+            living = sum(row.state in _LIVING and not is_sampler(row.id) for row in rows)
+            admission.check_adapters(limits, living + held.adapters)
+        requests, pending_tokens = queries.pending_count(self._tenant)
+        line = admission.Line(requests=requests + held.requests, tokens=pending_tokens + held.tokens)
+        if not admission.fits(limits, line, tokens):
+            since_us = time.time_ns() // 1000 - int(RECENT_S * 1e6)
+            _, recent_tokens = queries.recent_usage(since_us, self._tenant).get(self._tenant, (0, 0))
+            moving = msgspec.structs.replace(line, tokens_per_s=recent_tokens / RECENT_S)
+            raise admission.refuse(limits, moving, tokens)
+        return line.requests
+
+
+def new_id(prefix: str) -> str:
+    """`ad_` or `ck_` and 100 random bits in lower-case base32."""
+    return f"{prefix}_{base64.b32encode(secrets.token_bytes(13)).decode().lower()[:20]}"
