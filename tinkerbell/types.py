@@ -135,6 +135,14 @@ BUILTIN_LOSSES: dict[str, LossSignature] = {
     "ppo": LossSignature(
         required=("logprobs", "advantages"), config={"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
     ),
+    "cispo": LossSignature(
+        required=("logprobs", "advantages"), config={"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}
+    ),
+    "dro": LossSignature(required=("logprobs", "advantages"), config={"beta": 0.05}),
+    "gspo": LossSignature(
+        required=("logprobs", "advantages", "sequence_ratio_mask"),
+        config={"clip_low_threshold": 1 - 3e-4, "clip_high_threshold": 1 + 4e-4},
+    ),
 }
 """Signatures of the losses in `tinkerbell/losses`; a test keeps the two in step. Formulas are there."""
 
@@ -151,7 +159,7 @@ class Datum(msgspec.Struct, frozen=True, array_like=True):
     targets: bytes
     """[N] int32 target of each position."""
     loss_inputs: dict[str, bytes]
-    """Name -> [N] float32, as the loss's signature says (weights, logprobs, advantages)."""
+    """Name -> [N] float32, as the loss's signature says (weights, logprobs, advantages, ...)."""
 
     @property
     def num_tokens(self) -> int:

@@ -20,6 +20,9 @@ LOSSES = {
     "cross_entropy": ("weights",),
     "importance_sampling": ("logprobs", "advantages"),
     "ppo": ("logprobs", "advantages"),
+    "cispo": ("logprobs", "advantages"),
+    "dro": ("logprobs", "advantages"),
+    "gspo": ("logprobs", "advantages", "sequence_ratio_mask"),
 }
 TARGETS = ["q_proj", "v_proj", "o_proj", "mlp", "attention", "all-linear", "unembed"]
 

@@ -22,6 +22,9 @@ LOSSES = [
     LossSpec(),
     LossSpec(name="importance_sampling"),
     LossSpec(name="ppo", config={"clip_low_threshold": 0.9, "clip_high_threshold": 1.1}),
+    LossSpec(name="cispo"),
+    LossSpec(name="dro", config={"beta": 0.3}),
+    LossSpec(name="gspo", config={"clip_low_threshold": 0.5, "clip_high_threshold": 2.0}),
 ]
 
 TENANT = st.fixed_dictionaries(
@@ -62,7 +65,8 @@ def test_each_gradient_is_pefts(
         loss = resolve(tenant["loss"])
 
         def loss_of(logprobs: torch.Tensor, inputs: dict[str, torch.Tensor], loss: Any = loss) -> torch.Tensor:
-            return loss.function(logprobs, {name: x.double() for name, x in inputs.items()}, loss.config)[0]
+            wide = {name: x.double() for name, x in inputs.items()}
+            return loss.function(logprobs, wide, loss.config, [len(logprobs)])[0]
 
         reference = Reference(directory, bench.adapters[str(number)], torch.float64)
         assert answer.loss == pytest.approx(reference.forward_backward(data[number], loss_of), rel=1e-10, abs=1e-10)
@@ -79,4 +83,6 @@ def _datum(rng: np.random.Generator, length: int, loss: LossSpec) -> Datum:
     inputs = {"weights": rng.uniform(0, 2, length)}
     if loss.name != "cross_entropy":
         inputs = {"logprobs": rng.uniform(-5, -3, length), "advantages": rng.normal(size=length)}
+    if loss.name == "gspo":
+        inputs["sequence_ratio_mask"] = rng.integers(0, 2, length).astype(float)
     return Datum(tokens[:-1].tobytes(), tokens[1:].tobytes(), {name: floats(x) for name, x in inputs.items()})

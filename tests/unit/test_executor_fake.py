@@ -21,7 +21,7 @@ def fake(**extra: str) -> FakeExecutor:
     return FakeExecutor(ExecutorOptions(extra=extra))
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "importance_sampling", "ppo"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "importance_sampling", "ppo", "dro", "gspo"])
 def test_the_gradient_is_the_slope_of_the_loss(loss: str) -> None:
     executor = fake(vocab_size="16")
     driver = Driver(executor)
@@ -32,6 +32,8 @@ def test_the_gradient_is_the_slope_of_the_loss(loss: str) -> None:
     extra = {"weights": [1.0, 0.5, 2.0, 0.0, 1.5]}
     if loss != "cross_entropy":
         extra |= {"logprobs": [-1.0, -3.0, -2.5, -2.0, -3.5], "advantages": [1.0, -1.0, 2.0, 1.0, 0.5]}
+    if loss == "gspo":
+        extra["sequence_ratio_mask"] = [1.0, 1.0, 0.0, 1.0, 1.0]
     data = [datum([1, 2, 3, 1, 2, 15], **extra)]
 
     def value() -> float:

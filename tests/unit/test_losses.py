@@ -6,16 +6,18 @@ import pytest
 import torch
 
 from tinkerbell.errors import InvalidRequest
+from tinkerbell.executors import fake_losses
 from tinkerbell.losses import registry
 from tinkerbell.types import BUILTIN_LOSSES, LossSpec
 
 LOGPROBS = torch.tensor([-1.0, -2.0, -0.5, -3.0])
 POLICY = {"logprobs": torch.tensor([-1.2, -1.5, -0.5, -3.5]), "advantages": torch.tensor([1.0, -2.0, 0.5, 3.0])}
+MASK = {"sequence_ratio_mask": torch.tensor([1.0, 1.0, 0.0, 1.0])}
 WEIGHTS = torch.tensor([1.0, 0.5, 0.0, 2.0])
 
 
 def value(name: str, inputs: dict[str, torch.Tensor], **config: float) -> registry.LossValue:
-    return registry.evaluate(registry.resolve(LossSpec(name=name, config=config)), LOGPROBS, inputs)
+    return registry.evaluate(registry.resolve(LossSpec(name=name, config=config)), LOGPROBS, inputs, [1, 3])
 
 
 def test_the_contract_lists_exactly_the_losses_there_are() -> None:
@@ -27,6 +29,8 @@ def test_a_loss_reads_what_its_signature_says(name: str) -> None:
     """It runs with the required inputs alone, fails without any one of them, and its weights are optional."""
     signature = BUILTIN_LOSSES[name]
     inputs = {key: torch.full((4,), 0.3) for key in signature.required}
+    if "sequence_ratio_mask" in inputs:
+        inputs["sequence_ratio_mask"] = torch.ones(4)
     plain = value(name, inputs)
     for key in signature.required:
         with pytest.raises(KeyError, match=key):
@@ -41,11 +45,11 @@ def test_a_loss_reads_what_its_signature_says(name: str) -> None:
 
 @pytest.mark.parametrize("name", BUILTIN_LOSSES)
 def test_micro_batches_add(name: str) -> None:
-    inputs = POLICY if BUILTIN_LOSSES[name].required else {}
+    inputs = {key: (POLICY | MASK)[key] for key in BUILTIN_LOSSES[name].required}
     loss = registry.resolve(LossSpec(name=name))
-    whole = registry.evaluate(loss, LOGPROBS, inputs)
+    whole = registry.evaluate(loss, LOGPROBS, inputs, [2, 2])
     halves = [
-        registry.evaluate(loss, LOGPROBS[part], {k: v[part] for k, v in inputs.items()})
+        registry.evaluate(loss, LOGPROBS[part], {k: v[part] for k, v in inputs.items()}, [2])
         for part in (slice(0, 2), slice(2, 4))
     ]
     assert sum(half.loss for half in halves) == pytest.approx(whole.loss, rel=1e-12)
@@ -87,6 +91,70 @@ def test_ppo_settings_are_bounds_of_the_ratio() -> None:
     found = value("ppo", POLICY, clip_low_threshold=0.1, clip_high_threshold=10.0)
     assert found.metrics["clipped_sum"] == 0.0
     assert found.loss == pytest.approx(value("importance_sampling", POLICY).loss)
+
+
+def test_cispo_keeps_the_gradient_of_what_it_clips() -> None:
+    found = value("cispo", POLICY | {"weights": WEIGHTS}, clip_high_threshold=1.5)
+    clipped = [math.exp(0.2), math.exp(-0.5), 1.0, 1.5]
+    slopes = [-1.0 * clipped[0], -0.5 * clipped[1] * -2.0, 0.0, -2.0 * clipped[3] * 3.0]
+    assert found.gradient.tolist() == pytest.approx(slopes, rel=1e-6, abs=1e-12)
+    assert found.loss == pytest.approx(sum(s * x for s, x in zip(slopes, LOGPROBS.tolist(), strict=True)), rel=1e-6)
+    assert found.metrics["clipped_sum"] == 2.0, "of the last token, whose weight is 2"
+
+
+def test_dro() -> None:
+    found = value("dro", POLICY, beta=0.5)
+    away = [0.2, -0.5, 0.0, 0.5]
+    rows = list(zip([1.0, -2.0, 0.5, 3.0], LOGPROBS.tolist(), away, strict=True))
+    assert found.loss == pytest.approx(-sum(a * x - 0.25 * d**2 for a, x, d in rows), rel=1e-6)
+    assert found.gradient.tolist() == pytest.approx([-(a - 0.5 * d) for a, _, d in rows], rel=1e-6)
+
+
+def test_gspo_has_one_ratio_for_a_sequence() -> None:
+    """Two sequences: one token, and three of which the second is not of the answer."""
+    loose = {"clip_low_threshold": 0.1, "clip_high_threshold": 10.0}
+    found = value("gspo", POLICY | MASK, **loose)
+    first, second = math.exp(0.2), math.exp((-0.5 + 0.5) / 2)
+    assert found.loss == pytest.approx(-(first * 1.0 + second * (-2.0 + 3.0)), rel=1e-6)
+    # d s / d logprob = s / 2 for each of the two tokens.
+    expected = [-first, -second / 2, 0.0, -second / 2]
+    assert found.gradient.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    assert found.metrics["weight_sum"] == 3.0
+    tight = value("gspo", POLICY | MASK)
+    assert tight.metrics["clipped_sum"] == 1.0 and tight.gradient[0] == 0.0
+
+
+def test_gspo_of_a_sequence_without_an_answer_is_nothing() -> None:
+    found = value("gspo", POLICY | {"sequence_ratio_mask": torch.tensor([0.0, 1.0, 1.0, 1.0])})
+    assert found.gradient[0] == 0.0 and math.isfinite(found.loss)
+
+
+@pytest.mark.parametrize("name", BUILTIN_LOSSES)
+def test_gradients_are_slopes(name: str) -> None:
+    """Finite differences; cispo's ratio is a constant to its own gradient, so it is left out."""
+    if name == "cispo":
+        return
+    loss = registry.resolve(LossSpec(name=name))
+    inputs = {key: (POLICY | MASK)[key].double() for key in BUILTIN_LOSSES[name].required}
+    logprobs = LOGPROBS.double()
+    found = registry.evaluate(loss, logprobs, inputs, [1, 3])
+    for i in range(4):
+        step = torch.zeros(4, dtype=torch.float64)
+        step[i] = 1e-6
+        above, below = (registry.evaluate(loss, logprobs + s, inputs, [1, 3]).loss for s in (step, -step))
+        assert found.gradient[i].item() == pytest.approx((above - below) / 2e-6, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", BUILTIN_LOSSES)
+def test_the_fake_executor_has_the_same(name: str) -> None:
+    spec = LossSpec(name=name)
+    inputs = {key: (POLICY | MASK)[key] for key in BUILTIN_LOSSES[name].required} | {"weights": WEIGHTS}
+    there = registry.evaluate(registry.resolve(spec), LOGPROBS, inputs, [4])
+    lists = {key: array.double().tolist() for key, array in inputs.items()}
+    here = fake_losses.evaluate(spec, LOGPROBS.double().tolist(), lists)
+    assert here.loss == pytest.approx(there.loss, rel=1e-12)
+    assert here.slopes == pytest.approx(there.gradient.tolist(), rel=1e-6, abs=1e-9)
+    assert here.metrics == pytest.approx(there.metrics, rel=1e-12, abs=1e-12)
 
 
 def test_unknown_names_are_refused() -> None:

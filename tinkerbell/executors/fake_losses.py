@@ -53,20 +53,43 @@ def evaluate(spec: LossSpec, logprobs: Sequence[float], inputs: dict[str, list[f
         loss = -sum(w * logprob for w, logprob in zip(weights, logprobs, strict=True))
         return LossValue(loss, [-w for w in weights], metrics)
     config = BUILTIN_LOSSES[spec.name].config | spec.config
-    low = config.get("clip_low_threshold", -math.inf)
-    high = config.get("clip_high_threshold", math.inf)
-    loss = ratio_sum = kl_sum = clipped_sum = 0.0
-    slopes: list[float] = []
-    rows = zip(weights, logprobs, inputs["logprobs"], inputs["advantages"], strict=True)
-    for w, logprob, old, advantage in rows:
-        ratio = math.exp(logprob - old) if logprob - old < LARGEST_EXPONENT else math.inf
-        plain, clipped = ratio * advantage, min(max(ratio, low), high) * advantage
-        loss -= w * min(plain, clipped)
-        slopes.append(0.0 if clipped < plain else -w * plain)
-        ratio_sum += w * ratio
-        kl_sum += w * (old - logprob)
-        clipped_sum += w * (clipped < plain)
-    metrics |= {"ratio_sum": ratio_sum, "kl_sum": kl_sum}
-    if spec.name == "ppo":
-        metrics["clipped_sum"] = clipped_sum
-    return LossValue(loss, slopes, metrics)
+    low, high = config.get("clip_low_threshold", -math.inf), config.get("clip_high_threshold", math.inf)
+    away = [logprob - old for logprob, old in zip(logprobs, inputs["logprobs"], strict=True)]
+    ratios = [_exp(each) for each in away]
+    advantages = inputs["advantages"]
+    if spec.name == "gspo":
+        mask = inputs["sequence_ratio_mask"]
+        weights = [w * m for w, m in zip(weights, mask, strict=True)]
+        count = sum(mask)
+        mean = sum(m * each for m, each in zip(mask, away, strict=True)) / count if count > 0 else 0.0
+        ratios = [_exp(mean)] * len(away)
+        metrics["weight_sum"] = sum(weights)
+    plain = [r * a for r, a in zip(ratios, advantages, strict=True)]
+    bounded = [min(max(r, low), high) * a for r, a in zip(ratios, advantages, strict=True)]
+    is_clipped = [b < p for b, p in zip(bounded, plain, strict=True)]
+    match spec.name:
+        case "cispo":
+            terms = [b * logprob for b, logprob in zip(bounded, logprobs, strict=True)]
+            slopes = bounded
+            is_clipped = [r != min(max(r, low), high) for r in ratios]
+        case "dro":
+            rows = list(zip(advantages, logprobs, away, strict=True))
+            terms = [a * logprob - config["beta"] / 2 * d**2 for a, logprob, d in rows]
+            slopes = [a - config["beta"] * d for a, _, d in rows]
+        case _:
+            terms = [min(p, b) for p, b in zip(plain, bounded, strict=True)]
+            slopes = [0.0 if c else p for p, c in zip(plain, is_clipped, strict=True)]
+    loss = -sum(w * term for w, term in zip(weights, terms, strict=True))
+    gradient = [-w * slope for w, slope in zip(weights, slopes, strict=True)]
+    if spec.name == "gspo":
+        # Every token of the ratio moves all terms.
+        gradient = [m * sum(gradient) / count if count > 0 else 0.0 for m in mask]
+    metrics["ratio_sum"] = sum(w * r for w, r in zip(weights, ratios, strict=True))
+    metrics["kl_sum"] = -sum(w * each for w, each in zip(weights, away, strict=True))
+    if "clip_low_threshold" in config:
+        metrics["clipped_sum"] = float(sum(w * c for w, c in zip(weights, is_clipped, strict=True)))
+    return LossValue(loss, gradient, metrics)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < LARGEST_EXPONENT else math.inf

@@ -3,7 +3,7 @@
 Shapes: N tokens of one micro-batch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from torch import Tensor
 from tinkerbell.losses.registry import LossResult, weights_of
 
 
-def cross_entropy(logprobs: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float]) -> LossResult:
+def cross_entropy(
+    logprobs: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float], lengths: Sequence[int]
+) -> LossResult:
     """loss = - sum_t w_t log p_t, the negative log-likelihood of the targets.
 
     `logprobs` [N] are log p_t; `weights` [N] are w_t, default 1. Source: Goodfellow, Bengio & Courville 2016,

@@ -5,7 +5,7 @@ the loss's first argument those under the policy being trained (log p_t); ratio 
 All are sums; `weights` [N] multiply each token's term, default 1.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from torch import Tensor
 from tinkerbell.losses.registry import LossResult, weights_of
 
 
-def importance_sampling(logprobs: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float]) -> LossResult:
+def importance_sampling(
+    logprobs: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float], lengths: Sequence[int]
+) -> LossResult:
     """loss = - sum_t w_t r_t A_t, whose gradient is the off-policy policy gradient.
 
     Source: Degris, White & Sutton 2012, Off-Policy Actor-Critic, arXiv 1205.4839, equation 5.
@@ -24,7 +26,9 @@ def importance_sampling(logprobs: Tensor, inputs: Mapping[str, Tensor], config: 
     return loss, _policy_metrics(logprobs, inputs, ratio, weights)
 
 
-def ppo(logprobs: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float]) -> LossResult:
+def ppo(
+    logprobs: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float], lengths: Sequence[int]
+) -> LossResult:
     """loss = - sum_t w_t min(r_t A_t, clip(r_t, low, high) A_t), low and high being absolute bounds of the ratio.
 
     Config `clip_low_threshold` = 1 - epsilon and `clip_high_threshold` = 1 + epsilon in the paper's letters.
@@ -35,6 +39,59 @@ def ppo(logprobs: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, flo
     low, high = config["clip_low_threshold"], config["clip_high_threshold"]
     plain = ratio * advantages
     clipped = ratio.clamp(low, high) * advantages
+    loss = -(weights * torch.minimum(plain, clipped)).sum()
+    metrics = _policy_metrics(logprobs, inputs, ratio, weights)
+    metrics["clipped_sum"] = (weights * (clipped < plain)).sum()
+    return loss, metrics
+
+
+def cispo(
+    logprobs: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float], lengths: Sequence[int]
+) -> LossResult:
+    """loss = - sum_t w_t c_t A_t log p_t, c_t = clip(r_t, low, high) being a constant: no token loses its gradient.
+
+    Source: MiniMax 2025, MiniMax-M1, arXiv 2506.13585, equations 4 and 5.
+    """
+    ratio = torch.exp(logprobs - inputs["logprobs"])
+    advantages, weights = inputs["advantages"], weights_of(logprobs, inputs)
+    clipped = ratio.detach().clamp(config["clip_low_threshold"], config["clip_high_threshold"])
+    loss = -(weights * clipped * advantages * logprobs).sum()
+    metrics = _policy_metrics(logprobs, inputs, ratio, weights)
+    metrics["clipped_sum"] = (weights * (clipped != ratio.detach())).sum()
+    return loss, metrics
+
+
+def dro(
+    logprobs: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float], lengths: Sequence[int]
+) -> LossResult:
+    """loss = - sum_t w_t (A_t log p_t - beta / 2 (log p_t - log q_t)^2), the policy's part of direct reward
+    optimisation with the value already taken off the reward.
+
+    Source: Richemond et al. 2024, Offline Regularised Reinforcement Learning for LLMs, arXiv 2405.19107, section 3.
+    """
+    advantages, weights = inputs["advantages"], weights_of(logprobs, inputs)
+    away = logprobs - inputs["logprobs"]
+    loss = -(weights * (advantages * logprobs - config["beta"] / 2 * away**2)).sum()
+    return loss, _policy_metrics(logprobs, inputs, torch.exp(away), weights)
+
+
+def gspo(
+    logprobs: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float], lengths: Sequence[int]
+) -> LossResult:
+    """loss = - sum_t w_t m_t min(s A_t, clip(s, low, high) A_t), s being one ratio for a whole sequence: the geometric
+    mean of r_t over its tokens with m_t.
+
+    `sequence_ratio_mask` [N] is m_t, 1 for a token of the answer and 0 for others; a sequence without any adds nothing.
+    Source: Zheng et al. 2025, Group Sequence Policy Optimization, arXiv 2507.18071, equations 5 and 7.
+    """
+    mask = inputs["sequence_ratio_mask"]
+    away = torch.split(mask * (logprobs - inputs["logprobs"]), list(lengths))
+    counts = [part.sum() for part in torch.split(mask, list(lengths))]
+    means = [part.sum() / count if count > 0 else part.sum() * 0 for part, count in zip(away, counts, strict=True)]
+    ratio = torch.cat([mean.exp().expand(length) for mean, length in zip(means, lengths, strict=True)])
+    advantages, weights = inputs["advantages"], mask * weights_of(logprobs, inputs)
+    plain = ratio * advantages
+    clipped = ratio.clamp(config["clip_low_threshold"], config["clip_high_threshold"]) * advantages
     loss = -(weights * torch.minimum(plain, clipped)).sum()
     metrics = _policy_metrics(logprobs, inputs, ratio, weights)
     metrics["clipped_sum"] = (weights * (clipped < plain)).sum()

@@ -5,7 +5,7 @@ small leaf `logprobs` gives dLoss/dlogprobs, a vector the executor multiplies in
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,8 @@ from tinkerbell.types import BUILTIN_LOSSES, LossSpec
 LossResult = tuple[Tensor, dict[str, Tensor]]
 """(scalar loss, scalar metrics). Both are sums over tokens, so that micro-batches add."""
 
-LossFunction = Callable[[Tensor, Mapping[str, Tensor], Mapping[str, float]], LossResult]
-"""(logprobs [N] that require a gradient, inputs name -> [N], config) -> LossResult."""
+LossFunction = Callable[[Tensor, Mapping[str, Tensor], Mapping[str, float], Sequence[int]], LossResult]
+"""(logprobs [N] that require a gradient, inputs name -> [N], config, tokens of each sequence) -> LossResult."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,9 @@ def functions() -> dict[str, LossFunction]:
         "cross_entropy": language.cross_entropy,
         "importance_sampling": policy.importance_sampling,
         "ppo": policy.ppo,
+        "cispo": policy.cispo,
+        "dro": policy.dro,
+        "gspo": policy.gspo,
     }
 
 
@@ -72,14 +75,15 @@ def resolve(spec: LossSpec) -> Loss:
     )
 
 
-def evaluate(loss: Loss, logprobs: Tensor, inputs: Mapping[str, Tensor]) -> LossValue:
-    """Loss, metrics and dLoss/dlogprobs for logprobs [N].
+def evaluate(loss: Loss, logprobs: Tensor, inputs: Mapping[str, Tensor], lengths: Sequence[int]) -> LossValue:
+    """Loss, metrics and dLoss/dlogprobs for logprobs [N] of sequences of these lengths, which sum to N.
 
     Computed in fp64: the vectors are short, and a sum of thousands of terms keeps its digits.
     """
     leaf = logprobs.detach().double().requires_grad_(True)
     with torch.enable_grad():
-        value, metrics = loss.function(leaf, {name: array.double() for name, array in inputs.items()}, loss.config)
+        wide = {name: array.double() for name, array in inputs.items()}
+        value, metrics = loss.function(leaf, wide, loss.config, lengths)
     (gradient,) = torch.autograd.grad(value, leaf)
     return LossValue(
         loss=value.item(),

@@ -232,7 +232,7 @@ def _finite(flat: Tensor) -> bool:
 def _evaluate(batch: MicroBatch, logprobs: Tensor) -> LossValue | UnitFailed:
     """The loss of one micro-batch; whatever goes wrong in it is that unit's failure."""
     try:
-        value = evaluate(batch.loss, logprobs, batch.inputs)
+        value = evaluate(batch.loss, logprobs, batch.inputs, batch.lengths)
         numbers = (value.loss, *value.metrics.values())
         if not all(map(math.isfinite, numbers)) or not bool(torch.isfinite(value.gradient).all()):
             raise NonFinite(f"the loss `{batch.unit.loss.name}` of this request is not finite")
