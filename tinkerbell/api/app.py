@@ -27,6 +27,7 @@ from tinkerbell.api.routes import (
     sampling,
     training,
 )
+from tinkerbell.api.tinker import app as tinker
 from tinkerbell.config import Settings
 from tinkerbell.errors import TinkerbellError
 from tinkerbell.events.store import EventStore
@@ -61,6 +62,7 @@ def create_app(
             documentation.assets(),
             Router(path="/v1", route_handlers=[module.router for module in V1]),
             aliases.router,
+            tinker.router(),
         ],
         guards=[authenticate],
         dependencies=PROVIDERS,

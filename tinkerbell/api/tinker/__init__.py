@@ -1,0 +1,1 @@
+"""The protocol of the `tinker` SDK under `/api/v1`: a translation onto the same events as `/v1`."""

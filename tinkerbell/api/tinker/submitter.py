@@ -1,0 +1,396 @@
+"""What the tinker protocol can be asked to do, as the request events of `/v1`.
+
+A request is known by what the SDK numbers it with (model and seq_id, session and model_seq_id, ...), so that a retry
+gives the request of the first time. Requests run in the order in which they arrive: the SDK sends a model's one after
+another, but for the chunks of one forward_backward, whose gradients add in any order.
+"""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from tinkerbell.api import validation
+from tinkerbell.api.context import Context
+from tinkerbell.api.submitting import Caller, Draft, Submitting
+from tinkerbell.api.tinker import codec, names, sampling
+from tinkerbell.api.tinker import messages as m
+from tinkerbell.api.tinker import wire_pb2 as pb
+from tinkerbell.errors import InvalidRequest
+from tinkerbell.events import kinds
+from tinkerbell.events.rows import CheckpointRow, SamplerRow, SessionRow
+from tinkerbell.types import (
+    AdamParams,
+    AdapterId,
+    LoraConfig,
+    ModelInfo,
+    SamplerId,
+    SessionId,
+)
+
+ALPHA = 32.0
+"""Of every adapter made here: the protocol has no word for it."""
+
+_SEED_BITS = (1 << 63) - 1
+
+
+def served_names(model: ModelInfo) -> tuple[str, ...]:
+    """How a client may call the served model: first the name that gives it the tokenizer."""
+    return tuple(dict.fromkeys(name for name in (model.tokenizer, model.name) if name))
+
+
+def base_model(model: ModelInfo) -> str:
+    """What clients are told: `AutoTokenizer.from_pretrained` takes it."""
+    return served_names(model)[0]
+
+
+class TinkerSubmitter(Submitting):
+    """Submits one caller's request."""
+
+    def __init__(self, context: Context, caller: Caller) -> None:
+        super().__init__(context, caller)
+        self._queries = context.store.queries
+
+    async def create_model(self, body: m.CreateModel) -> m.Submitted:
+        """A new adapter with the id `<session>:train:<n>`."""
+        model_id = names.model_id(names.session_id(body.session_id), body.model_seq_id)
+
+        def draft(model: ModelInfo) -> Draft:
+            self._living_session(body.session_id)
+            _check_base_model(body.base_model, model)
+            _check_optimizer(body.optimizer_config.type)
+            shape = body.lora_config
+            wanted = (("attention", shape.train_attn), ("mlp", shape.train_mlp), ("unembed", shape.train_unembed))
+            targets = tuple(target for target, trained in wanted if trained)
+            if not targets:
+                raise InvalidRequest("lora_config: train at least one of attn, mlp and unembed.")
+            lora = LoraConfig(rank=shape.rank, alpha=ALPHA, targets=targets)
+            validation.lora(lora, model)
+            seed = _seed_of(model_id) if shape.seed is None else shape.seed & _SEED_BITS
+            event = kinds.AddLoraRequested(
+                base_model=model.name, lora=lora, seed=seed, user_metadata=body.user_metadata or {}
+            )
+            return Draft(adapters=1, event=event)
+
+        return await self._for_model("add_lora", model_id, draft)
+
+    async def load_as_new(self, body: m.LoadWeights) -> m.Submitted:
+        """A new adapter that begins as a checkpoint."""
+        if body.session_id is None or body.model_seq_id is None:
+            raise InvalidRequest("load_weights needs model_id and seq_id, or session_id and model_seq_id.")
+        session = names.session_id(body.session_id)
+        model_id = names.model_id(session, body.model_seq_id)
+
+        def draft(model: ModelInfo) -> Draft:
+            self._living_session(session)
+            if body.base_model is not None:
+                _check_base_model(body.base_model, model)
+            _check_optimizer(body.optimizer_config.type)
+            checkpoint = self._at_path(body.path)
+            _check_loadable(checkpoint, body.optimizer)
+            event = kinds.AddLoraRequested(
+                base_model=model.name,
+                lora=checkpoint.lora,
+                seed=_seed_of(model_id),
+                checkpoint=checkpoint.id,
+                with_optimizer=body.optimizer,
+                user_metadata=body.user_metadata or {},
+            )
+            return Draft(adapters=1, event=event)
+
+        return await self._for_model("add_lora", model_id, draft)
+
+    async def load_into(self, model_id: AdapterId, body: m.LoadWeights) -> m.Submitted:
+        """A checkpoint in the adapter's place."""
+
+        def draft(_: ModelInfo) -> Draft:
+            checkpoint = self._at_path(body.path)
+            _check_loadable(checkpoint, body.optimizer)
+            row = self._queries.adapter(self._tenant, model_id)
+            if row is None:
+                raise validation.no_adapter(model_id)
+            if row.lora != checkpoint.lora:
+                raise InvalidRequest(
+                    f"{body.path} is of another shape than the model: make a new one from it"
+                    " (create_training_client_from_state)."
+                )
+            return Draft(event=kinds.LoadRequested(checkpoint=checkpoint.id, with_optimizer=body.optimizer))
+
+        return await self._for_model("load", model_id, draft)
+
+    async def forward_backward(self, body: pb.ForwardBackwardRequest) -> m.Submitted:
+        """Loss and logprobs, and gradients if not forward_only."""
+        spec = codec.loss_spec(body)
+        event = kinds.ForwardRequested if body.forward_only else kinds.ForwardBackwardRequested
+
+        def draft(model: ModelInfo) -> Draft:
+            settings = self._context.settings
+            data = codec.data(body, spec, model, settings.limits.max_request_tokens)
+            num_tokens = sum(datum.num_tokens for datum in data)
+            return Draft(
+                event=event(loss=spec, num_datums=len(data), num_tokens=num_tokens, chunk_tokens=settings.chunk_tokens),
+                body=kinds.ForwardBackwardBody(data),
+                tokens=num_tokens,
+            )
+
+        return await self._for_model(kinds.kind_of(event), body.model_id, draft)
+
+    async def optim_step(self, body: m.OptimStep) -> m.Submitted:
+        """One AdamW step."""
+        if body.adam_params is None:
+            named = (body.optimizer_params or {}).get("type", "none")
+            raise InvalidRequest(f"optim_step: adam_params are needed; the optimizer {named!r} is not served.")
+        adam = body.adam_params
+        event = kinds.OptimStepRequested(
+            adam=AdamParams(
+                learning_rate=adam.learning_rate,
+                beta1=adam.beta1,
+                beta2=adam.beta2,
+                eps=adam.eps,
+                weight_decay=adam.weight_decay,
+                grad_clip_norm=adam.grad_clip_norm,
+            )
+        )
+        return await self._for_model("optim_step", body.model_id, lambda _: Draft(event=event))
+
+    async def save(self, body: m.SaveWeights, *, external: bool) -> m.Submitted:
+        """A checkpoint to train on, or to be taken away."""
+        if body.age_encryption_recipients:
+            raise InvalidRequest("age_encryption_recipients: checkpoints are not encrypted for others here.")
+        path = names.Path(body.model_id, "external" if external else "state", names.checkpoint_name(body.path))
+
+        def draft(_: ModelInfo) -> Draft:
+            self._require_free(path, overwrite=body.overwrite)
+            return Draft(event=self._save(path, body.seq_id, body.ttl_seconds, body.user_metadata))
+
+        return await self._for_model("save", body.model_id, draft)
+
+    async def save_for_sampler(self, body: m.SaveWeightsForSampler) -> m.Submitted:
+        """A checkpoint to sample from; without a name for one sampling session, which is made with it."""
+        if body.kind != "snapshot":
+            raise InvalidRequest(f"kind: {body.kind!r} is not served; a sampler keeps the weights it was made with.")
+        if body.path is not None:
+            path = names.Path(body.model_id, "sampler", names.checkpoint_name(body.path))
+
+            def named(_: ModelInfo) -> Draft:
+                self._require_free(path, overwrite=False)
+                return Draft(event=self._save(path, body.seq_id, body.ttl_seconds, body.user_metadata))
+
+            return await self._for_model("save", body.model_id, named)
+        if body.sampling_session_seq_id is None:
+            raise InvalidRequest("save_weights_for_sampler needs path or sampling_session_seq_id.")
+        session = names.session_of(body.model_id)
+        sampler = names.sampler_id(session, body.sampling_session_seq_id)
+
+        def unnamed(_: ModelInfo) -> Draft:
+            self._living_session(session)
+            checkpoint = names.checkpoint_id(body.model_id, body.seq_id)
+            event = kinds.SaveRequested(
+                checkpoint=checkpoint,
+                use="sampler",
+                ttl_s=body.ttl_seconds,
+                user_metadata=body.user_metadata or {},
+                sampler=sampler,
+            )
+            made = kinds.SamplerCreated(sampler=sampler, session=session, checkpoint=checkpoint)
+            return Draft(event=event, before=(self._sampler_event(made),))
+
+        return await self._for_model("save", body.model_id, unnamed)
+
+    async def create_sampler(self, body: m.CreateSamplingSession) -> SamplerId:
+        """Weights to sample from: the base model's, or a checkpoint's."""
+        session = names.session_id(body.session_id)
+        sampler = names.sampler_id(session, body.sampling_session_seq_id)
+
+        def made() -> kinds.NewEvent:
+            self._living_session(session)
+            if body.model_path is not None:
+                checkpoint = self._at_path(body.model_path).id
+            elif body.base_model is not None:
+                _check_base_model(body.base_model, self._context.model())
+                checkpoint = None
+            else:
+                raise InvalidRequest("create_sampling_session needs base_model or model_path.")
+            return self._sampler_event(kinds.SamplerCreated(sampler=sampler, session=session, checkpoint=checkpoint))
+
+        await self._write(await asyncio.to_thread(made))
+        return sampler
+
+    async def sample(self, body: m.Asample) -> m.Submitted:
+        """Continuations of a prompt with a sampler's weights, which an adapter of the sampler's name holds."""
+        sampler = body.sampling_session_id
+        row = await asyncio.to_thread(self.sampler, sampler)
+
+        def draft(model: ModelInfo) -> Draft:
+            asked = sampling.request(body, model)
+            tokens = asked.prompt
+            prompt = validation.prompt(asked, model, self._context.settings.limits.max_request_tokens)
+            event = kinds.SampleRequested(
+                params=asked.params, num_tokens=len(tokens), prompt_logprobs_last=body.prompt_logprobs_last_n
+            )
+            before = () if row.checkpoint is None else self._adapter_of(row, model)
+            return Draft(event=event, body=kinds.SampleBody(prompt), tokens=len(tokens), before=before)
+
+        adapter = None if row.checkpoint is None else sampler
+        recorded, _ = await self.submit("sample", adapter, draft, path_id=adapter)
+        ids = [f"{sampler}:{body.seq_id}:{i}" for i in range(body.num_samples)]
+        return m.Submitted(request_id=str(recorded.position), sample_sequence_ids=ids)
+
+    async def create_session(self, body: m.CreateSession, client: str) -> SessionId:
+        """A session of the caller's. Its retry gives the same one."""
+        started = kinds.SessionStarted(
+            session=names.new_session(),
+            client=client,
+            display_name=body.display_name,
+            tags=body.tags,
+            user_metadata=body.user_metadata or {},
+        )
+        key = self._caller.idempotency_key
+        recorded = await self._write(self._event(started, f"tinker:session:{key}" if key else None))
+        assert isinstance(recorded.event, kinds.SessionStarted)
+        return recorded.event.session
+
+    async def finish_session(self, session: SessionId, reason: str, detail: str | None) -> None:
+        """What it made leaves the executor; what it saved stays. Once is enough: again is fine."""
+        row = await asyncio.to_thread(self.session, session)
+        if row.ended_us is not None:
+            return
+        ended = self._event(kinds.SessionEnded(session=session, reason=reason, detail=detail), f"tinker:end:{session}")
+        await self._write(ended)
+        for adapter in await asyncio.to_thread(self._queries.adapters, self._tenant):
+            if names.session_of(adapter.id) == session and adapter.state in ("pending", "ready"):
+                await self._remove(adapter.id)
+
+    async def change_checkpoint(
+        self,
+        row: CheckpointRow,
+        *,
+        deleted: bool = False,
+        published: bool | None = None,
+        expires_us: int | msgspec.UnsetType | None = msgspec.UNSET,
+    ) -> None:
+        """What is not given stays as it is."""
+        changed = kinds.CheckpointChanged(
+            checkpoint=row.id,
+            expires_us=row.expires_us if isinstance(expires_us, msgspec.UnsetType) else expires_us,
+            published=row.published if published is None else published,
+            deleted=deleted,
+        )
+        await self._write(self._event(changed, None))
+
+    # ---- what is there ---------------------------------------------------------------------------------------------
+
+    def session(self, text: str) -> SessionRow:
+        """Raises NotFound."""
+        row = self._queries.session(self._tenant, names.session_id(text))
+        if row is None:
+            raise names.no_session(text)
+        return row
+
+    def sampler(self, text: str) -> SamplerRow:
+        """Raises NotFound."""
+        row = self._queries.sampler(self._tenant, text)
+        if row is None:
+            raise names.no_sampler(text)
+        return row
+
+    def _living_session(self, text: str) -> None:
+        if self.session(text).ended_us is not None:
+            raise InvalidRequest(f"The session {text!r} has ended; start another one.")
+
+    def _at_path(self, text: str) -> CheckpointRow:
+        path = names.parse_path(text)
+        row = self._queries.saved(self._tenant, path.model, path.use, path.name)
+        if row is None or not row.is_usable(time.time_ns() // 1000):
+            raise names.no_path(path)
+        return row
+
+    def _require_free(self, path: names.Path, *, overwrite: bool) -> None:
+        row = self._queries.saved(self._tenant, path.model, path.use, path.name)
+        if not overwrite and row is not None and row.is_usable(time.time_ns() // 1000):
+            raise InvalidRequest(f"There is a checkpoint {path} already; give another name, or overwrite=True.")
+
+    # ---- the common path -------------------------------------------------------------------------------------------
+
+    async def _for_model(self, kind: str, model_id: AdapterId, draft: Callable[[ModelInfo], Draft]) -> m.Submitted:
+        recorded, _ = await self.submit(kind, validation.adapter_id(model_id), draft, path_id=model_id)
+        return m.Submitted(request_id=str(recorded.position), model_id=model_id)
+
+    async def _remove(self, adapter: AdapterId) -> None:
+        event = kinds.RemoveLoraRequested()
+        await self._write(
+            msgspec.structs.replace(
+                self._event(event, f"tinker:remove:{adapter}"), stream=f"adapter/{adapter}", adapter=adapter
+            )
+        )
+
+    async def _write(self, event: kinds.NewEvent) -> kinds.Recorded:
+        loop = asyncio.get_running_loop()
+        return (await (await asyncio.to_thread(self._context.store.submit_from, loop, event)))[-1]
+
+    def _event(self, event: kinds.AnyEvent, key: str | None) -> kinds.NewEvent:
+        """One of the tenant's own stream; `key` makes it happen once."""
+        return kinds.NewEvent(
+            event=event,
+            tenant=self._tenant,
+            stream=f"tenant/{self._tenant}",
+            correlation=self._caller.correlation,
+            actor=self._caller.principal.key_id,
+            idempotency_key=key,
+            request_hash=None if key is None else hashlib.sha256(key.encode()).digest(),
+        )
+
+    def _sampler_event(self, made: kinds.SamplerCreated) -> kinds.NewEvent:
+        return self._event(made, f"tinker:{made.sampler}")
+
+    def _adapter_of(self, sampler: SamplerRow, model: ModelInfo) -> tuple[kinds.NewEvent, ...]:
+        """What makes the adapter that holds a sampler's weights, where it is not there yet."""
+        if self._queries.adapter(self._tenant, sampler.id) is not None:
+            return ()
+        assert sampler.checkpoint is not None
+        checkpoint = self._queries.checkpoint(self._tenant, sampler.checkpoint)
+        if checkpoint is None:
+            raise InvalidRequest(f"The weights of {sampler.id} are not saved (yet); wait for save_weights_for_sampler.")
+        if not checkpoint.is_usable(time.time_ns() // 1000):
+            raise InvalidRequest(f"The weights of {sampler.id} were deleted, or have expired.")
+        event = kinds.AddLoraRequested(
+            base_model=model.name, lora=checkpoint.lora, seed=_seed_of(sampler.id), checkpoint=checkpoint.id
+        )
+        made = self._event(event, f"tinker:adapter:{sampler.id}")
+        return (msgspec.structs.replace(made, stream=f"adapter/{sampler.id}", adapter=sampler.id),)
+
+    def _save(
+        self, path: names.Path, seq: int, ttl_s: int | None, user_metadata: dict[str, str] | None
+    ) -> kinds.SaveRequested:
+        return kinds.SaveRequested(
+            checkpoint=names.checkpoint_id(path.model, seq),
+            name=path.name,
+            use=path.use,
+            ttl_s=ttl_s,
+            user_metadata=user_metadata or {},
+        )
+
+    def _request_hash(self, kind: str, path_id: AdapterId | None) -> bytes:
+        return hashlib.sha256(f"{kind}\0{path_id}\0".encode() + self._caller.raw).digest()
+
+
+def _check_base_model(name: str, model: ModelInfo) -> None:
+    if name not in served_names(model):
+        raise InvalidRequest(f"base_model: this server serves {' or '.join(served_names(model))}, not {name!r}.")
+
+
+def _check_optimizer(name: str) -> None:
+    if name != "adamw":
+        raise InvalidRequest(f"optimizer_config: {name!r} is not served; adamw is.")
+
+
+def _check_loadable(checkpoint: CheckpointRow, optimizer: bool) -> None:
+    if optimizer and "optimizer" not in checkpoint.blobs:
+        raise InvalidRequest("This checkpoint has no optimizer state; load it without, or save with save_state.")
+
+
+def _seed_of(id: str) -> int:
+    """Where the caller gives none: the same for a retry."""
+    return int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "little") & _SEED_BITS
