@@ -92,6 +92,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Tokens that end a sample, kept once; absent: the model's end-of-sequence tokens; empty: none."""
     prompt_logprobs: bool = False
     """Also return the logprob of every prompt token but the first."""
+    top_logprobs: Annotated[int, Meta(ge=0, le=64)] = 0
+    """Also return the k likeliest tokens at every sampled token, with their logprobs, of the model's own distribution
+    (temperature 1, nothing cut off); of equal ones the lower id comes first."""
+    prompt_top_logprobs: Annotated[int, Meta(ge=0, le=64)] = 0
+    """The same at every prompt token but the first."""
+
+    def num_bytes(self, num_tokens: int, num_targets: int = 0) -> int:
+        """Bytes, at most, of what is answered beside tokens and their logprobs, of a prompt of so many tokens with so
+        many targets at each of its positions."""
+        sampled = self.num_samples * self.max_tokens * self.top_logprobs
+        return 8 * (sampled + (num_tokens - 1) * self.prompt_top_logprobs) + 4 * num_tokens * num_targets
 
 
 class LossSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -190,6 +201,22 @@ class SampledSequence(msgspec.Struct, frozen=True, array_like=True):
     logprobs: bytes
     """[M] float32 nats, of the model's own distribution (temperature 1, nothing cut off)."""
     stop_reason: Literal["stop", "length"]
+    top_tokens: bytes | None = None
+    """[M, k] int32, likeliest first, where they were asked for."""
+    top_logprobs: bytes | None = None
+    """[M, k] float32 nats, of the same distribution."""
+
+
+class PromptScores(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What was asked for of a prompt of P tokens besides their logprobs; None where it was not asked for. All of it is
+    of the model's own distribution at a position, given the tokens before it."""
+
+    top_tokens: bytes | None = None
+    """[P - 1, k] int32 at positions 1.., likeliest first."""
+    top_logprobs: bytes | None = None
+    """[P - 1, k] float32 nats."""
+    target_logprobs: bytes | None = None
+    """[P, K] float32 nats of the targets; NaN at position 0 and where there was none."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ from tinkerbell.types import AdamParams, Category, LoraConfig, LossSpec, Name, O
 
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 Tokens = Annotated[list[TokenId], Meta(min_length=1)]
+Targets = Annotated[list[Annotated[int, Meta(ge=-1, lt=2**31)]], Meta(min_length=1, max_length=1024)]
 Seq = Annotated[int, Meta(ge=0)] | None
 """Optional check: refuse unless this is the adapter's next sequence number (409 otherwise)."""
 
@@ -72,7 +73,11 @@ class Sample(Body, frozen=True, kw_only=True):
     """POST /v1/adapters/{id}/sample, and /v1/sample for the base model"""
 
     prompt: Tokens
+    """[P]"""
     params: SamplingParams = SamplingParams()
+    prompt_targets: Annotated[list[Targets], Meta(min_length=1)] | None = None
+    """[P, K] at each position of the prompt as many tokens, whose logprobs given the tokens before it are answered; -1
+    is none. Position 0 has no tokens before it: whatever it holds is answered with null."""
 
 
 class Save(Body, frozen=True, kw_only=True):
@@ -186,6 +191,10 @@ class SequenceBody(msgspec.Struct, frozen=True, kw_only=True):
     tokens: list[int]
     logprobs: list[float]
     stop_reason: Literal["stop", "length"]
+    top_tokens: list[list[int]] | None = None
+    """[M, k] likeliest first, where they were asked for."""
+    top_logprobs: list[list[float]] | None = None
+    """[M, k] nats."""
 
 
 class SampleResult(msgspec.Struct, frozen=True, kw_only=True, tag="sample"):
@@ -196,6 +205,12 @@ class SampleResult(msgspec.Struct, frozen=True, kw_only=True, tag="sample"):
     """[P - 1] nats of prompt tokens 1.. when they were asked for."""
     step: int
     """Optimizer steps behind the weights that sampled."""
+    prompt_top_tokens: list[list[int]] | None = None
+    """[P - 1, k] at prompt positions 1.., likeliest first, where they were asked for."""
+    prompt_top_logprobs: list[list[float]] | None = None
+    """[P - 1, k] nats."""
+    prompt_target_logprobs: list[list[float | None]] | None = None
+    """[P, K] nats of `prompt_targets`; null at position 0 and where there was none."""
 
 
 class AddLoraResult(msgspec.Struct, frozen=True, kw_only=True, tag="add_lora"):

@@ -252,6 +252,42 @@ def test_outputs_that_cannot_be(api: ApiDriver, outputs: object, detail: str) ->
     assert detail in str(refused)
 
 
+@pytest.mark.parametrize(
+    ("asked", "detail"),
+    [
+        ({"params": {"top_logprobs": 65}}, "top_logprobs"),
+        ({"params": {"prompt_top_logprobs": -1}}, "prompt_top_logprobs"),
+        ({"prompt_targets": []}, "prompt_targets"),
+        ({"prompt_targets": [[], [], []]}, "prompt_targets"),
+        ({"prompt_targets": [[1], [2]]}, "prompt_targets has 2 rows for 3 prompt tokens"),
+        ({"prompt_targets": [[1], [2, 3], [4]]}, "prompt_targets[1] has 2 tokens and prompt_targets[0] 1"),
+        ({"prompt_targets": [[1], [2], [-2]]}, "prompt_targets"),
+        ({"prompt_targets": [[1], [100], [2]]}, "prompt_targets[1][0] is 100"),
+        ({"prompt_targets": [[1] * 1025] * 3}, "prompt_targets"),
+        ({"prompt_targets": [[1.5], [1], [1]]}, "prompt_targets"),
+        ({"prompt_targets": [[None], [1], [1]]}, "prompt_targets"),
+    ],
+)
+def test_distributions_of_a_sample_that_cannot_be(api: ApiDriver, asked: dict[str, Any], detail: str) -> None:
+    body = {"prompt": [1, 2, 3], **asked, "params": {"max_tokens": 4, **asked.get("params", {})}}
+    refused = problem(api.post(f"/v1/adapters/{api.adapter()}/sample", json=body), 400, "invalid-request")
+    assert detail in str(refused)
+
+
+def test_too_many_bytes_of_a_samples_distributions(settings: Settings, sqlite_store: EventStore) -> None:
+    record_environment(sqlite_store)
+    small = msgspec.structs.replace(settings, limits=Limits(max_output_bytes=200))
+    with ApiDriver(small, sqlite_store) as api:
+        path = f"/v1/adapters/{api.adapter()}/sample"
+        before = sqlite_store.head()
+        params = {"max_tokens": 4, "num_samples": 2, "top_logprobs": 2, "prompt_top_logprobs": 3}
+        body = {"prompt": [1, 2, 3], "params": params, "prompt_targets": [[1, 2]] * 3}
+        refused = problem(api.post(path, json=body), 413, "too-large")
+        assert (refused["num_bytes"], refused["limit"]) == (2 * 4 * 2 * 8 + 2 * 3 * 8 + 3 * 2 * 4, 200)
+        assert sqlite_store.head() == before
+        api.submit(path, json=body | {"prompt_targets": [[1]] * 3})
+
+
 def test_outputs_are_for_a_forward(api: ApiDriver) -> None:
     body = {"data": [datum(3)], "outputs": {"entropy": True}}
     refused = problem(api.post(f"/v1/adapters/{api.adapter()}/fwdbwd", json=body), 400, "invalid-request")

@@ -634,6 +634,100 @@ def test_sample_logprobs_are_the_models_own(driver: Driver) -> None:
         assert found == pytest.approx(read_floats(forward.logprobs[0]), abs=1e-5)
 
 
+def logprobs_of(driver: Driver, name: str | None, tokens: list[int]) -> list[list[float]]:
+    """[N][V] of what follows each token, asked for token by token of the vocabulary."""
+    size = driver.info.vocab_size
+    found = sampled(driver, name, [*tokens, 0], max_tokens=1, prompt_targets=[list(range(size))] * (len(tokens) + 1))
+    assert found.prompt_scores is not None and found.prompt_scores.target_logprobs is not None
+    flat = read_floats(found.prompt_scores.target_logprobs)
+    assert all(map(math.isnan, flat[:size]))
+    return [flat[size * n : size * (n + 1)] for n in range(1, len(tokens) + 1)]
+
+
+def likeliest_of(row: list[float], k: int) -> list[int]:
+    return sorted(range(len(row)), key=lambda v: (-row[v], v))[:k]
+
+
+def test_targets_anywhere_in_the_vocabulary_have_the_logprobs_of_a_distribution(driver: Driver) -> None:
+    name, prompt = driver.trained(), [9, 8, 7]
+    rows = logprobs_of(driver, name, prompt)
+    assert [math.fsum(map(math.exp, row)) for row in rows] == pytest.approx([1.0] * 3, abs=1e-5)
+    done = sampled(driver, name, prompt, max_tokens=1, prompt_logprobs=True)
+    assert done.prompt_logprobs is not None and done.prompt_scores is None
+    # The same numbers to the bit: what else is asked for changes nothing.
+    assert read_floats(done.prompt_logprobs) == [rows[0][8], rows[1][7]]
+
+
+def test_likeliest_tokens_of_prompt_and_samples(driver: Driver) -> None:
+    name, prompt = driver.trained(), [9, 8, 7]
+    for settings in ({}, {"temperature": 0.0}, {"top_k": 1, "temperature": 0.3}):
+        done = sampled(
+            driver, name, prompt, max_tokens=5, num_samples=2, top_logprobs=4, prompt_top_logprobs=3, **settings
+        )
+        bare = sampled(driver, name, prompt, max_tokens=5, num_samples=2, **settings)
+        for sequence, alone in zip(done.sequences, bare.sequences, strict=True):
+            assert sequence.top_tokens is not None and sequence.top_logprobs is not None
+            assert msgspec.structs.replace(sequence, top_tokens=None, top_logprobs=None) == alone
+            tokens = read_ints(sequence.tokens)
+            rows = logprobs_of(driver, name, (prompt + tokens)[:-1])[len(prompt) - 1 :]
+            tops = read_ints(sequence.top_tokens)
+            assert tops == [v for row in rows for v in likeliest_of(row, 4)]
+            expected = [row[v] for row in rows for v in likeliest_of(row, 4)]
+            assert read_floats(sequence.top_logprobs) == pytest.approx(expected, abs=1e-5)
+            for t, token in enumerate(tokens):
+                if token in tops[4 * t : 4 * t + 4]:
+                    place = 4 * t + tops[4 * t : 4 * t + 4].index(token)
+                    assert read_floats(sequence.top_logprobs)[place] == read_floats(sequence.logprobs)[t]
+        assert done.prompt_logprobs is None and done.prompt_scores is not None
+        assert done.prompt_scores.target_logprobs is None
+        assert done.prompt_scores.top_tokens is not None and done.prompt_scores.top_logprobs is not None
+        rows = logprobs_of(driver, name, prompt[:-1])
+        assert read_ints(done.prompt_scores.top_tokens) == [v for row in rows for v in likeliest_of(row, 3)]
+        expected = [row[v] for row in rows for v in likeliest_of(row, 3)]
+        assert read_floats(done.prompt_scores.top_logprobs) == pytest.approx(expected, abs=1e-5)
+
+
+def test_targets_may_be_missing(driver: Driver) -> None:
+    name, prompt = driver.trained(), [9, 8, 7]
+    rows = logprobs_of(driver, name, prompt[:-1])
+    done = sampled(driver, name, prompt, max_tokens=1, prompt_targets=[[5, 6], [-1, 3], [-1, -1]])
+    assert done.prompt_scores is not None and done.prompt_scores.target_logprobs is not None
+    expected = [math.nan, math.nan, math.nan, rows[0][3], math.nan, math.nan]
+    assert read_floats(done.prompt_scores.target_logprobs) == pytest.approx(expected, abs=1e-6, nan_ok=True)
+    assert (done.prompt_scores.top_tokens, done.prompt_scores.top_logprobs) == (None, None)
+
+
+def test_a_prompt_of_a_single_token_has_nothing_to_score(driver: Driver) -> None:
+    done = sampled(driver, None, [4], max_tokens=1, prompt_top_logprobs=2, prompt_targets=[[1, 2]])
+    scores = done.prompt_scores
+    assert scores is not None and scores.target_logprobs is not None
+    assert (scores.top_tokens, scores.top_logprobs) == (b"", b"")
+    assert all(map(math.isnan, read_floats(scores.target_logprobs))) and len(scores.target_logprobs) == 8
+
+
+def test_distributions_have_the_same_bits_in_company(driver: Driver) -> None:
+    asked = {"max_tokens": 4, "top_logprobs": 3, "prompt_top_logprobs": 2, "num_samples": 2}
+    names = [driver.trained(), driver.trained(1, OTHERS[1]), driver.trained(2, OTHERS[2]), None]
+    units = [
+        driver.sample(name, list(range(3, 7 + n)), n, [[n, -1, 9]] * (4 + n), **asked) for n, name in enumerate(names)
+    ]
+    together = driver.done(*units)
+    assert [nameless(answer) for answer in together] == [nameless(driver.done(unit)[0]) for unit in units]
+
+
+def test_distributions_that_cannot_be_asked_for_fail_alone(driver: Driver) -> None:
+    size = driver.info.vocab_size
+    good = driver.sample(None, [1, 2], max_tokens=2)
+    bad = [
+        driver.sample(None, [1, 2], prompt_targets=[[1], [size]]),
+        driver.sample(None, [1, 2], prompt_targets=[[1], [-2]]),
+        driver.sample(None, [1, 2], prompt_targets=[[1, 2, 3]]),
+        driver.sample(None, [1, 2], prompt_targets=[]),
+    ]
+    for unit in bad:
+        assert driver.refused(unit, good).code == "invalid-request"
+
+
 def test_prompt_logprobs_of_a_single_token_are_empty(driver: Driver) -> None:
     assert sampled(driver, None, [4], max_tokens=1, prompt_logprobs=True).prompt_logprobs == b""
 

@@ -51,17 +51,13 @@ LEFT_OUT = {
         "POST_retrieve_futures",
     ),
     "recorded in part only": (
+        "POST_asample.target",
         "POST_forward_backward.cispo.spans",
         "POST_forward_backward.gspo",
         "POST_forward_backward.importance_sampling.spans",
         "POST_forward_backward.stable_reinforce.spans",
     ),
-    "not served: several targets for a token, distributions of a sample": (
-        "POST_asample.logprobs",
-        "POST_asample.target",
-        "POST_forward_backward.cross_entropy.sparse",
-        "POST_retrieve_future.Sample.proto",
-    ),
+    "not served: several targets for a token": ("POST_forward_backward.cross_entropy.sparse",),
 }
 ALL = sorted(path.stem for path in EXCHANGES.glob("*.json"))
 REPLAYED = [name for name in ALL if not any(name in names for names in LEFT_OUT.values())]
@@ -109,6 +105,7 @@ class World:
         self.futures["OptimStep"] = self.submit("optim_step", step)
         load = {"model_id": self.model, "seq_id": 21, "path": self.path("step-1", "weights"), "optimizer": True}
         self.futures["LoadWeights"] = self.submit("load_weights", load)
+        self.futures["Sample"] = self.send("POST_asample.logprobs").json()["request_id"]
         self.wait()
 
     def wait(self) -> None:

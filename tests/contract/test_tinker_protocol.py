@@ -448,6 +448,48 @@ def test_a_sampler_keeps_the_weights_it_was_made_with(tinker: Tinker) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "detail"),
+    [
+        ({"topk_sample_logprobs": 65}, "topk_sample_logprobs is 65"),
+        ({"topk_prompt_logprobs": -1}, "topk_prompt_logprobs is -1"),
+        ({"prompt_alt_tokens_k": 2}, "not served"),
+        ({"prompt_logprobs_last_n": 4}, "the prompt has 3 tokens"),
+        ({"target_prompt_logprobs": {"data": [5], "dtype": "int64", "shape": [3, 1]}}, "it is [2, K]"),
+        ({"target_prompt_logprobs": {"data": [5], "dtype": "int64", "shape": [2, 1]}}, "1 numbers"),
+        ({"target_prompt_logprobs": {"data": [5, 1.5], "dtype": "int64", "shape": [2, 1]}}, "no tokens"),
+        ({"target_prompt_logprobs": {"data": [5, 100], "dtype": "int64", "shape": [2, 1]}}, "is 100"),
+        (
+            {
+                "target_prompt_logprobs": {
+                    "data": [5],
+                    "dtype": "int64",
+                    "shape": [2, 1],
+                    "sparse_crow_indices": [0, 1, 1],
+                    "sparse_col_indices": [1],
+                }
+            },
+            "no CSR",
+        ),
+        ({"prompt": {"chunks": [{"type": "image", "data": "", "format": "png"}]}}, "image is not served"),
+        ({"prompt": {"chunks": []}}, "no tokens"),
+        ({"sampling_params": {"max_tokens": 30}}, "takes at most 32"),
+    ],
+)
+def test_bad_samples_are_named(tinker: Tinker, change: dict[str, Any], detail: str) -> None:
+    session = tinker.session()
+    body = {"session_id": session, "sampling_session_seq_id": 0, "base_model": "tiny"}
+    sampler = tinker.ok("create_sampling_session", **body)["sampling_session_id"]
+    asked = {
+        "sampling_session_id": sampler,
+        "seq_id": 0,
+        "prompt": {"chunks": [{"type": "encoded_text", "tokens": [1, 2, 3]}]},
+        "sampling_params": {"max_tokens": 2},
+    }
+    found = tinker.post("asample", **(asked | change))
+    assert found.status_code == 400 and detail in found.json()["detail"], found.text
+
+
+@pytest.mark.parametrize(
     ("stop", "texts", "tokens"),
     [(None, (), None), ([], (), ()), ("\n", ("\n",), None), (["a", "b"], ("a", "b"), None), ([2, 3], (), (2, 3))],
 )

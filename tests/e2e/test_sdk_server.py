@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.support.server import fake_server
@@ -27,6 +28,7 @@ from tinkerbell.sdk import (
     policy,
     supervised,
 )
+from tinkerbell.sdk.settings import Sampling
 
 DATA = [supervised([1, 2, 3, 4]), supervised([5, 6, 7], prompt_length=2)]
 
@@ -62,6 +64,36 @@ def test_outputs_of_a_forward(client: Client) -> None:
             assert outputs.top_tokens[t] == sorted(range(256), key=lambda v: (-row[v], v))[:3]
             assert outputs.top_logprobs[t] == pytest.approx([row[v] - lse for v in outputs.top_tokens[t]], abs=1e-5)
     assert client.future(asked.id).result() == result
+
+
+def test_distributions_of_a_sample(client: Client) -> None:
+    """What is answered of prompt and samples is what a forward says of the same tokens."""
+    adapter = client.add_lora(rank=4, alpha=8, targets=["q_proj", "v_proj"], seed=3)
+    adapter.forward_backward(DATA)
+    adapter.optim_step(learning_rate=0.05)
+    settings: Sampling = {"max_tokens": 4, "num_samples": 2, "seed": 1, "stop_tokens": []}
+    targets = np.array([[7, 8], [9, -1], [-1, 3]])
+    asked = adapter.sample([1, 2, 3], **settings, top_logprobs=3, prompt_top_logprobs=2, prompt_targets=targets)
+    result, bare = asked.result(), adapter.sample([1, 2, 3], **settings).result()
+    assert client.future(asked.id).result() == result
+    assert (bare.prompt_top_tokens, bare.prompt_target_logprobs, bare.sequences[0].top_tokens) == (None, None, None)
+    for sequence, alone in zip(result.sequences, bare.sequences, strict=True):
+        assert (sequence.tokens, sequence.logprobs) == (alone.tokens, alone.logprobs)
+        forward = adapter.forward([supervised([1, 2, 3, *sequence.tokens])], top_k=3, logits=True, logsumexp=True)
+        (outputs,) = forward.result().outputs or []
+        assert outputs.top_tokens and outputs.top_logprobs and outputs.logits and outputs.logsumexp
+        assert (sequence.top_tokens, sequence.top_logprobs) == (outputs.top_tokens[2:], outputs.top_logprobs[2:])
+        assert result.prompt_top_tokens == [row[:2] for row in outputs.top_tokens[:2]]
+        assert result.prompt_top_logprobs == [row[:2] for row in outputs.top_logprobs[:2]]
+        logits, lse = outputs.logits.rows(), outputs.logsumexp
+        (first, second, third) = result.prompt_target_logprobs or []
+        assert first == [None, None]
+        assert second == [pytest.approx(logits[0, 9] - lse[0], abs=1e-5), None]
+        assert third == [None, pytest.approx(logits[1, 3] - lse[1], abs=1e-5)]
+    base = client.sample([1], max_tokens=1, prompt_targets=[[5]]).result()
+    assert base.prompt_target_logprobs == [[None]]
+    with pytest.raises(InvalidRequest, match="has 1 rows for 2 prompt tokens"):
+        adapter.sample([1, 2], max_tokens=1, prompt_targets=[[5]])
 
 
 def test_large_outputs_come_back_from_a_blob_and_too_large_ones_are_refused(client: Client) -> None:

@@ -16,7 +16,7 @@ import pytest
 from tests.support import log
 from tinkerbell.events import codec, kinds
 from tinkerbell.events.chain import GENESIS, HASHED, link
-from tinkerbell.types import DatumOutputs
+from tinkerbell.types import DatumOutputs, PromptScores, SampledSequence
 
 GOLDEN = Path(__file__).parent / "events.json"
 
@@ -25,7 +25,7 @@ def encoded() -> list[dict[str, Any]]:
     """The examples as they are stored today. The body is before compression: zstd may give other bytes any day."""
     entries = []
     for type_, (event, body) in sorted(log.examples().items()):
-        raw = msgspec.msgpack.Encoder(order="deterministic").encode(body) if body is not None else None
+        raw = codec.body_bytes(body) if body is not None else None
         entries.append(
             {
                 "type": type_,
@@ -53,11 +53,17 @@ def test_todays_encoding_is_the_golden_one() -> None:
         assert kept[entry["type"], entry["schema_version"]] == entry
 
 
-def as_written(event: kinds.AnyEvent, data: str) -> kinds.AnyEvent:
-    """The example, with the defaults of the fields that were added after `data` was written."""
-    written = msgspec.json.decode(data)
-    added = [field for field in msgspec.structs.fields(event) if field.name not in written]
-    return msgspec.structs.replace(event, **{field.name: default_of(field) for field in added})
+def as_written(value: Any, written: Any) -> Any:
+    """The example, with the defaults of the fields that were added, to it or within it, after `written` was."""
+    if not isinstance(value, msgspec.Struct) or not isinstance(written, dict):
+        return value
+    fields = {
+        field.name: as_written(getattr(value, field.name), written[field.name])
+        if field.name in written
+        else default_of(field)
+        for field in msgspec.structs.fields(value)
+    }
+    return type(value)(**fields)
 
 
 def default_of(field: msgspec.structs.FieldInfo) -> Any:
@@ -71,7 +77,7 @@ def default_of(field: msgspec.structs.FieldInfo) -> Any:
 def test_golden_bytes_are_read(entry: dict[str, Any]) -> None:
     event, body = log.examples()[entry["type"]]
     decoded = codec.decode_event(entry["type"], entry["schema_version"], entry["data"])
-    assert decoded == as_written(event, entry["data"]) and type(decoded) is type(event)
+    assert decoded == as_written(event, msgspec.json.decode(entry["data"])) and type(decoded) is type(event)
     if entry["body"] is not None:
         assert codec.decode_body(entry["type"], "msgpack", base64.b64decode(entry["body"])) == body
     else:
@@ -84,6 +90,30 @@ def test_outputs_of_a_forward_are_read_and_written_as_they_were() -> None:
     raw = base64.b64decode("kpHEBHBwcHCRlcQEZWVlZcDECHR0dHR0dHR0xAhsbGxsbGxsbMA=")
     assert msgspec.msgpack.encode(body) == raw
     assert codec.decode_body("forward.completed", "msgpack", raw) == body
+
+
+def test_a_sample_that_asks_for_no_more_has_the_body_it_always_had() -> None:
+    asked, answered = kinds.SampleBody(b"p" * 4), kinds.SamplesBody([], b"q" * 4)
+    assert codec.body_bytes(asked) == b"\x91\xc4\x04pppp"
+    assert codec.body_bytes(answered) == b"\x92\x90\xc4\x04qqqq"
+    assert codec.decode_body("sample.requested", "msgpack", codec.body_bytes(asked)) == asked
+    assert codec.decode_body("sample.completed", "msgpack", codec.body_bytes(answered)) == answered
+
+
+def test_what_samples_answer_of_distributions_is_read_and_written_as_it_was() -> None:
+    asked = kinds.SampleBody(b"p" * 4, b"t" * 8)
+    sequence = SampledSequence(b"s" * 4, b"l" * 4, "length", b"t" * 8, b"k" * 8)
+    scores = PromptScores(top_tokens=b"a" * 4, top_logprobs=b"b" * 4, target_logprobs=b"c" * 4)
+    answered = kinds.SamplesBody([sequence], None, scores)
+    raw = (
+        base64.b64decode("ksQEcHBwcMQIdHR0dHR0dHQ="),
+        base64.b64decode(
+            "k5GVxARzc3NzxARsbGxspmxlbmd0aMQIdHR0dHR0dHTECGtra2tra2trwIOqdG9wX3Rva2Vuc8QEYWFhYax0b3BfbG9ncHJvYnPEBGJiYmKvdGFyZ2V0X2xvZ3Byb2JzxARjY2Nj"
+        ),
+    )
+    assert (codec.body_bytes(asked), codec.body_bytes(answered)) == raw
+    assert codec.decode_body("sample.requested", "msgpack", raw[0]) == asked
+    assert codec.decode_body("sample.completed", "msgpack", raw[1]) == answered
 
 
 def test_a_body_compressed_long_ago_is_read() -> None:

@@ -16,7 +16,7 @@ from tinkerbell.config import Settings
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import NewEvent, Recorded
 from tinkerbell.events.store import EventStore
-from tinkerbell.types import SYSTEM_TENANT, DatumOutputs, ModelInfo, SampledSequence
+from tinkerbell.types import SYSTEM_TENANT, DatumOutputs, ModelInfo, PromptScores, SampledSequence
 
 MODEL = ModelInfo(
     name="tiny",
@@ -106,6 +106,22 @@ def _outputs(event: kinds.ForwardRequested, data: kinds.ForwardBackwardBody) -> 
     ]
 
 
+def _top(n: int, k: int) -> tuple[bytes, bytes] | tuple[None, None]:
+    """Of each token the likeliest are the first."""
+    return (np.tile(np.arange(k, dtype="<i4"), n).tobytes(), floats(n * k)) if k else (None, None)
+
+
+def _scores(event: kinds.SampleRequested, asked: kinds.SampleBody) -> PromptScores | None:
+    """Made up; the targets have gaps where they must."""
+    top_tokens, top_logprobs = _top(event.num_tokens - 1, event.params.prompt_top_logprobs)
+    if asked.prompt_targets is None:
+        return PromptScores(top_tokens=top_tokens, top_logprobs=top_logprobs) if top_tokens is not None else None
+    targets = np.frombuffer(asked.prompt_targets, "<i4").reshape(event.num_tokens, -1)
+    found = np.where(targets < 0, np.nan, LOGPROB).astype("<f4")
+    found[0] = np.nan
+    return PromptScores(top_tokens=top_tokens, top_logprobs=top_logprobs, target_logprobs=found.tobytes())
+
+
 def _success(store: EventStore, request: Recorded) -> tuple[kinds.AnyResult, kinds.Body | None, dict[str, bytes]]:
     digest = hashlib.sha256(str(request.position).encode()).hexdigest()
     event = request.event
@@ -129,10 +145,13 @@ def _success(store: EventStore, request: Recorded) -> tuple[kinds.AnyResult, kin
             return kinds.OptimStepCompleted(step=1, grad_norm=0.5, state_digest=digest, cost_us=3), None, {}
         case kinds.SampleRequested():
             tokens = np.arange(4, dtype="<i4").tobytes()
-            sequence = SampledSequence(tokens=tokens, logprobs=floats(4), stop_reason="length")
+            top = _top(4, event.params.top_logprobs)
+            sequence = SampledSequence(tokens, floats(4), "length", *top)
             prompt = floats(event.num_tokens - 1) if event.params.prompt_logprobs else None
+            asked = store.body(request)
+            assert isinstance(asked, kinds.SampleBody)
             completed = kinds.SampleCompleted(step=0, num_prompt_tokens=event.num_tokens, num_sampled_tokens=4)
-            return completed, kinds.SamplesBody([sequence], prompt), {}
+            return completed, kinds.SamplesBody([sequence], prompt, _scores(event, asked)), {}
         case kinds.SaveRequested():
             assert request.adapter is not None
             row = store.queries.adapter(request.tenant, request.adapter)

@@ -113,13 +113,21 @@ class Driver:
     def optim_step(self, name: str, adam: AdamParams = ADAM) -> OptimStep:
         return OptimStep(request=self._request(), adapter=name, adam=adam)
 
-    def sample(self, name: str | None, prompt: Sequence[int], seed: int = 0, **params: Any) -> Sample:
+    def sample(
+        self,
+        name: str | None,
+        prompt: Sequence[int],
+        seed: int = 0,
+        prompt_targets: Sequence[Sequence[int]] | None = None,
+        **params: Any,
+    ) -> Sample:
         return Sample(
             request=self._request(),
             adapter=name,
             prompt=ints(prompt),
             params=SamplingParams(**({"stop_tokens": ()} | params)),
             seed=seed,
+            prompt_targets=None if prompt_targets is None else b"".join(map(ints, prompt_targets)),
         )
 
     def run(self, *units: Unit) -> list[UnitResult]:

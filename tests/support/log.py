@@ -210,6 +210,8 @@ def examples() -> dict[str, tuple[AnyEvent, Body | None]]:
         stop=("\n\n", "end \u00e9\u4e16"),
         stop_tokens=(0, 2),
         prompt_logprobs=True,
+        top_logprobs=3,
+        prompt_top_logprobs=64,
     )
     loss = LossSpec(name="ppo", config={"clip_low_threshold": 0.8, "clip_high_threshold": 1.2})
     data_body = kinds.ForwardBackwardBody(data=[datum(3), datum(2)])

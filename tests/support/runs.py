@@ -79,8 +79,10 @@ class Asker:
         return self.ask(kinds.OptimStepRequested(adam=AdamParams(learning_rate=learning_rate)))
 
     def sample(self) -> int:
-        params = SamplingParams(max_tokens=6, num_samples=12)
-        return self.ask(kinds.SampleRequested(params=params, num_tokens=2), SampleBody(prompt=ints(1, 2)))
+        params = SamplingParams(
+            max_tokens=6, num_samples=12, prompt_logprobs=True, top_logprobs=2, prompt_top_logprobs=2
+        )
+        return self.ask(kinds.SampleRequested(params=params, num_tokens=2), SampleBody(ints(1, 2), ints(3, -1, 4, 5)))
 
     def wait(self, timeout_s: float = 60.0) -> list[Recorded]:
         """The results of everything asked, in the order of asking."""

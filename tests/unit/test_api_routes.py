@@ -125,9 +125,33 @@ def test_samples_of_adapter_and_base_model(api: ApiDriver) -> None:
     done = api.complete(f"/v1/adapters/{adapter}/sample", json=body)
     assert done["seq"] is None
     assert done["result"]["prompt_logprobs"] == [FLOAT32] * 2
-    assert done["result"]["sequences"] == [{"tokens": [0, 1, 2, 3], "logprobs": [FLOAT32] * 4, "stop_reason": "length"}]
+    (sequence,) = done["result"]["sequences"]
+    assert sequence == {
+        "tokens": [0, 1, 2, 3], "logprobs": [FLOAT32] * 4, "stop_reason": "length",
+        "top_tokens": None, "top_logprobs": None,
+    }  # fmt: skip
+    for name in ("prompt_top_tokens", "prompt_top_logprobs", "prompt_target_logprobs"):
+        assert done["result"][name] is None
     base = api.complete("/v1/sample", json={"prompt": [1], "params": {"max_tokens": 4}})
     assert (base["adapter_id"], base["result"]["prompt_logprobs"]) == (None, None)
+
+
+def test_a_sample_carries_the_distributions_it_asks_for(api: ApiDriver) -> None:
+    params = {"max_tokens": 4, "top_logprobs": 2, "prompt_top_logprobs": 1}
+    body = {"prompt": [1, 2, 3], "params": params, "prompt_targets": [[5, 6], [7, -1], [-1, 99]]}
+    future = api.submit(f"/v1/adapters/{api.adapter()}/sample", json=body)
+    recorded = api.store.get(future["id"])
+    assert recorded is not None
+    stored = api.store.body(recorded)
+    assert isinstance(stored, kinds.SampleBody) and stored.prompt_targets is not None
+    assert np.frombuffer(stored.prompt_targets, "<i4").tolist() == [5, 6, 7, -1, -1, 99]
+    answer(api.store, future["id"])
+    result = api.get(f"/v1/futures/{future['id']}").json()["result"]
+    (sequence,) = result["sequences"]
+    assert (sequence["top_tokens"], sequence["top_logprobs"]) == ([[0, 1]] * 4, [[FLOAT32] * 2] * 4)
+    assert (result["prompt_top_tokens"], result["prompt_top_logprobs"]) == ([[0]] * 2, [[FLOAT32]] * 2)
+    assert result["prompt_target_logprobs"] == [[None, None], [FLOAT32, None], [None, FLOAT32]]
+    assert result["prompt_logprobs"] is None
 
 
 def test_sequence_numbers_are_checked_when_given(api: ApiDriver) -> None:

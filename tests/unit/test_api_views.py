@@ -12,7 +12,7 @@ from tinkerbell.errors import Corrupt
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.rows import FutureRow, RunPoint
-from tinkerbell.types import DatumOutputs, SampledSequence
+from tinkerbell.types import DatumOutputs, PromptScores, SampledSequence
 
 ROW = FutureRow(
     id=3,
@@ -27,6 +27,10 @@ ROW = FutureRow(
     created_us=1_700_000_000_000_001,
     done_us=1_700_000_001_000_000,
 )
+
+
+def tokens(*ids: int) -> bytes:
+    return np.array(ids, "<i4").tobytes()
 
 
 def recorded(event: kinds.AnyEvent) -> Recorded:
@@ -123,17 +127,62 @@ def test_outputs_of_another_length_are_an_error(outputs: list[DatumOutputs], mes
 
 def test_a_sample_has_a_logprob_for_each_token() -> None:
     event = kinds.SampleCompleted(step=0, num_prompt_tokens=1, num_sampled_tokens=2)
-    tokens = np.array([1, 2], "<i4").tobytes()
-    body = kinds.SamplesBody([SampledSequence(tokens, logprobs(-1.0), "stop")], None)
+    body = kinds.SamplesBody([SampledSequence(tokens(1, 2), logprobs(-1.0), "stop")], None)
     with pytest.raises(Corrupt, match="2 sampled tokens and 1 logprobs"):
         views.answered(ROW, recorded(event), body)
     with pytest.raises(Corrupt, match="no samples"):
         views.answered(ROW, recorded(event), None)
 
 
+def test_distributions_of_a_sample_arrive_as_they_are() -> None:
+    event = kinds.SampleCompleted(step=0, num_prompt_tokens=2, num_sampled_tokens=1)
+    sequence = SampledSequence(tokens(9), logprobs(-1.0), "stop", tokens(9, 3), logprobs(-1.0, -2.0))
+    scores = PromptScores(
+        top_tokens=tokens(7, 8),
+        top_logprobs=logprobs(-0.1, -0.2),
+        target_logprobs=logprobs(math.nan, math.nan, -1e-38, math.nan),
+    )
+    future = views.answered(ROW, recorded(event), kinds.SamplesBody([sequence], None, scores))
+    sent = msgspec.json.decode(msgspec.json.encode(future), type=wire.Future)
+    assert isinstance(sent.result, wire.SampleResult)
+    assert (sent.result.sequences[0].top_tokens, sent.result.sequences[0].top_logprobs) == ([[9, 3]], [[-1.0, -2.0]])
+    assert (sent.result.prompt_logprobs, sent.result.prompt_top_tokens) == (None, [[7, 8]])
+    assert np.array(sent.result.prompt_top_logprobs, "<f4").tobytes() == scores.top_logprobs
+    unknown, (known, gap) = sent.result.prompt_target_logprobs or ()
+    assert (unknown, gap) == ([None, None], None)
+    assert np.float32(known) == np.float32(-1e-38)
+
+
+def test_a_prompt_of_one_token_has_no_likeliest_ones() -> None:
+    event = kinds.SampleCompleted(step=0, num_prompt_tokens=1, num_sampled_tokens=0)
+    scores = PromptScores(top_tokens=b"", top_logprobs=b"", target_logprobs=logprobs(math.nan))
+    result = views.answered(ROW, recorded(event), kinds.SamplesBody([], None, scores)).result
+    assert isinstance(result, wire.SampleResult)
+    assert (result.prompt_top_tokens, result.prompt_top_logprobs) == ([], [])
+    assert result.prompt_target_logprobs == [[None]]
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (PromptScores(target_logprobs=logprobs(math.nan)), "1 numbers of an output for 2 tokens"),
+        (PromptScores(target_logprobs=b""), "0 numbers of an output for 2 tokens"),
+        (PromptScores(top_tokens=tokens(1, 2), top_logprobs=logprobs(-1.0)), "likeliest 2 tokens and 1 logprobs"),
+    ],
+)
+def test_distributions_of_another_length_are_an_error(scores: PromptScores, message: str) -> None:
+    event = kinds.SampleCompleted(step=0, num_prompt_tokens=2, num_sampled_tokens=0)
+    with pytest.raises(Corrupt, match=message):
+        views.answered(ROW, recorded(event), kinds.SamplesBody([], None, scores))
+
+
+SAMPLED = kinds.SampleCompleted(step=0, num_prompt_tokens=1, num_sampled_tokens=0)
+
+
 @pytest.mark.parametrize(
     ("event", "body"),
     [
+        (SAMPLED, kinds.SamplesBody([], None, PromptScores(target_logprobs=logprobs(-math.inf)))),
         (DONE, kinds.LogprobsBody([logprobs(-1.0, math.nan)])),
         (DONE, kinds.LogprobsBody([logprobs(-1.0, -math.inf)])),
         (FORWARD, kinds.OutputsBody([logprobs(-1.0, -1.0)], [DatumOutputs(logits=logprobs(0.0, math.inf))])),

@@ -119,3 +119,10 @@ def test_stop_texts_are_bytes() -> None:
     assert isinstance(stopped, SampleDone)
     assert read_ints(stopped.sequences[0].tokens) == tokens[: first + 1]
     assert stopped.sequences[0].stop_reason == "stop"
+
+
+@pytest.mark.parametrize("name", ["top_logprobs", "prompt_top_logprobs"])
+def test_no_more_likeliest_tokens_than_there_are(name: str) -> None:
+    driver = Driver(fake())
+    size = driver.info.vocab_size
+    assert f"than the {size} tokens" in driver.refused(driver.sample(None, [1, 2], **{name: size + 1})).message

@@ -83,6 +83,47 @@ def test_tokens_and_logprobs_are_those_of_full_forwards(
                 assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == read_ints(sequence.tokens)
 
 
+def test_distributions_are_those_of_full_forwards(
+    directory: Path, executor: HFExecutor, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Likeliest tokens of samples and prompts, and targets, with and without a LoRA on the head, of prompts of several
+    chunks and of one token."""
+    monkeypatch.setattr("tinkerbell.executors.hf.head.CHUNK_ROWS", 16)
+    draw = np.random.default_rng(1)
+    prompts = {"qv": [5], "all": draw.integers(1, 250, 300).tolist(), "head": draw.integers(1, 250, 70).tolist()}
+    targets = {name: draw.integers(-1, 256, (len(prompt), 3)).tolist() for name, prompt in prompts.items()}
+    units = [
+        driver.sample(name, prompt, 3, targets[name], max_tokens=6, top_logprobs=5, prompt_top_logprobs=4)
+        for name, prompt in prompts.items()
+    ]
+    for (name, prompt), answer in zip(prompts.items(), driver.done(*units), strict=True):
+        assert isinstance(answer, SampleDone) and answer.prompt_scores is not None
+        reference = Reference(directory, executor._adapters[name], torch.float64)
+        (sequence,), scores = answer.sequences, answer.prompt_scores
+        rows = torch.log_softmax(logits_after(reference, prompt + read_ints(sequence.tokens)), -1)[:-1]
+        before, sampled = rows[: len(prompt) - 1], rows[len(prompt) - 1 :]
+        for part, k, tokens, logprobs in (
+            (before, 4, scores.top_tokens, scores.top_logprobs),
+            (sampled, 5, sequence.top_tokens, sequence.top_logprobs),
+        ):
+            top = part.topk(k)
+            assert tokens is not None and logprobs is not None
+            assert read_ints(tokens) == top.indices.flatten().tolist()
+            np.testing.assert_allclose(read_floats(logprobs), top.values.flatten().numpy(), atol=2e-6, rtol=0)
+        asked = torch.tensor(targets[name])
+        expected = torch.full(asked.shape, torch.nan, dtype=torch.float64)
+        expected[1:] = torch.where(asked[1:] < 0, torch.nan, before.gather(1, asked[1:].clamp(0)))
+        assert scores.target_logprobs is not None
+        found = np.array(read_floats(scores.target_logprobs)).reshape(expected.shape)
+        np.testing.assert_allclose(found, expected.numpy(), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["top_logprobs", "prompt_top_logprobs"])
+def test_no_more_likeliest_tokens_than_there_are(driver: Driver, name: str) -> None:
+    size = driver.info.vocab_size
+    assert f"than the {size} tokens" in driver.refused(driver.sample(None, [1, 2], **{name: size + 1})).message
+
+
 def test_few_rows_and_little_memory_change_nothing(executor: HFExecutor, driver: Driver) -> None:
     """Samples that have to wait for room, one at a time in the extreme, are the same samples."""
     units = [

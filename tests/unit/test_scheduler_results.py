@@ -19,7 +19,7 @@ from tinkerbell.scheduler.fair_share import FairShare
 from tinkerbell.scheduler.pending import LANES, PendingRequest
 from tinkerbell.scheduler.residency import Residency, Resident
 from tinkerbell.scheduler.settlement import Settlement
-from tinkerbell.types import AdamParams, LoraConfig, LossSpec, SampledSequence, SamplingParams
+from tinkerbell.types import AdamParams, LoraConfig, LossSpec, PromptScores, SampledSequence, SamplingParams
 
 DATA = kinds.ForwardBackwardRequested(loss=LossSpec(), num_datums=3, num_tokens=9)
 STEP = kinds.OptimStepRequested(adam=AdamParams())
@@ -106,6 +106,17 @@ def test_a_sample_names_the_weights_it_saw(settlement):
     assert (with_adapter.event.num_prompt_tokens, with_adapter.event.num_sampled_tokens) == (5, 2)
     assert results.stream_of(asked) == "adapter/a"
     assert results.stream_of(base) == "tenant/t"
+
+
+def test_a_prompt_is_scored_with_the_first_of_its_samples(settlement):
+    settle, _, _ = settlement
+    scores = PromptScores(top_tokens=b"t" * 4, top_logprobs=b"l" * 4)
+    sequences = [SampledSequence(b"a" * 4, b"b" * 4, "length", b"c" * 4, b"d" * 4)]
+    first = SampleDone(request=5, sequences=sequences, prompt_logprobs=b"p" * 4, prompt_scores=scores)
+    second = SampleDone(request=5, sequences=sequences, prompt_logprobs=None)
+    asked = request(5, "sample", SAMPLE, chunks=2)
+    (answer,) = settle.answers(batch_of((asked, 0), (asked, 1)), "1.1", [first, second])
+    assert answer.body == kinds.SamplesBody(sequences * 2, b"p" * 4, scores)
 
 
 def test_charges_sum_to_the_measured_time_and_follow_the_request(settlement):

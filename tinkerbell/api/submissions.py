@@ -77,11 +77,14 @@ class Submitter(Submitting):
         """Continue a prompt with an adapter, or with the base model."""
 
         def draft(model: ModelInfo) -> Draft:
-            prompt = validation.prompt(body, model, self._context.settings.limits.max_request_tokens)
+            limits = self._context.settings.limits
+            prompt = validation.prompt(body, model, limits.max_request_tokens)
+            targets = validation.prompt_targets(body, model)
+            validation.sample_outputs(body, model, limits.max_output_bytes)
             num_tokens = len(body.prompt)
             return Draft(
                 event=kinds.SampleRequested(params=body.params, num_tokens=num_tokens),
-                body=kinds.SampleBody(prompt),
+                body=kinds.SampleBody(prompt, targets),
                 tokens=num_tokens,
             )
 

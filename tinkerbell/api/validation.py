@@ -180,6 +180,38 @@ def prompt(body: wire.Sample, model: ModelInfo, max_tokens: int) -> bytes:
     return token_bytes("prompt", body.prompt, model)
 
 
+def prompt_targets(body: wire.Sample, model: ModelInfo) -> bytes | None:
+    """[P, K] int32. Raises InvalidRequest unless there are rows of one length for all of the prompt's tokens, of tokens
+    in the vocabulary or -1."""
+    rows = body.prompt_targets
+    if rows is None:
+        return None
+    if len(rows) != len(body.prompt):
+        raise InvalidRequest(f"prompt_targets has {len(rows)} rows for {len(body.prompt)} prompt tokens.")
+    for i, row in enumerate(rows):
+        if len(row) != len(rows[0]):
+            raise InvalidRequest(
+                f"prompt_targets[{i}] has {len(row)} tokens and prompt_targets[0] {len(rows[0])}; fill up with -1."
+            )
+    return b"".join(token_bytes(f"prompt_targets[{i}]", row, model) for i, row in enumerate(rows))
+
+
+def sample_outputs(body: wire.Sample, model: ModelInfo, max_bytes: int) -> None:
+    """Raises InvalidRequest for more likeliest tokens than the vocabulary has, TooLarge over `max_bytes` of arrays."""
+    params = body.params
+    for name, k in (("top_logprobs", params.top_logprobs), ("prompt_top_logprobs", params.prompt_top_logprobs)):
+        if k > model.vocab_size:
+            raise InvalidRequest(f"params.{name} is {k}; the vocabulary of {model.name} has {model.vocab_size} tokens.")
+    num_bytes = params.num_bytes(len(body.prompt), len(body.prompt_targets[0]) if body.prompt_targets else 0)
+    if num_bytes > max_bytes:
+        raise TooLarge(
+            f"What top_logprobs, prompt_top_logprobs and prompt_targets ask for would have {num_bytes} bytes; that of"
+            f" a request may have {max_bytes}. Ask for fewer tokens at a time.",
+            num_bytes=num_bytes,
+            limit=max_bytes,
+        )
+
+
 def _sampling(params: SamplingParams, model: ModelInfo) -> None:
     for i, text in enumerate(params.stop):
         if "\0" in text:

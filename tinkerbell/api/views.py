@@ -6,16 +6,16 @@ the future by name.
 
 import math
 from datetime import UTC, datetime
-from typing import Any
 
 import msgspec
 import numpy as np
 
 from tinkerbell import wire
+from tinkerbell.api.arrays import NotFinite, floats, likeliest, table, with_gaps
 from tinkerbell.errors import Corrupt
 from tinkerbell.events import kinds
 from tinkerbell.events.rows import AdapterRow, CheckpointRow, FutureRow, RunPoint, UsageRow
-from tinkerbell.types import DatumOutputs, SampledSequence
+from tinkerbell.types import DatumOutputs, PromptScores, SampledSequence
 
 _REDACTED = frozenset({"key_hash"})
 """Fields of events that never leave the server, not even to their owner."""
@@ -71,7 +71,7 @@ def answered(row: FutureRow, result: kinds.Recorded, body: kinds.Body | None) ->
         return msgspec.structs.replace(bare, error=failure)
     try:
         return msgspec.structs.replace(bare, result=_result(result, body))
-    except _NotFinite:
+    except NotFinite:
         return msgspec.structs.replace(bare, state="failed", error=NOT_FINITE)
 
 
@@ -86,18 +86,14 @@ def _result(result: kinds.Recorded, body: kinds.Body | None) -> wire.ResultBody:
             return wire.ForwardBackwardResult(
                 loss=_number(done.loss),
                 metrics={name: _number(value) for name, value in done.metrics.items()},
-                logprobs=[_floats(logprobs) for logprobs in body.logprobs],
+                logprobs=[floats(logprobs) for logprobs in body.logprobs],
                 num_tokens=done.num_tokens,
                 outputs=_outputs(result.position, body),
             )
         case kinds.SampleCompleted() as done:
             if not isinstance(body, kinds.SamplesBody):
                 raise Corrupt(f"event {result.position} has no samples")
-            return wire.SampleResult(
-                sequences=[_sequence(result.position, sequence) for sequence in body.sequences],
-                prompt_logprobs=None if body.prompt_logprobs is None else _floats(body.prompt_logprobs),
-                step=done.step,
-            )
+            return _samples(result.position, done, body)
         case kinds.OptimStepCompleted() as done:
             return wire.OptimStepResult(
                 step=done.step, grad_norm=_number(done.grad_norm), state_digest=done.state_digest
@@ -134,59 +130,49 @@ def _outputs(position: int, body: kinds.LogprobsBody) -> list[wire.OutputsBody] 
 
 def _datum_outputs(position: int, datum: DatumOutputs, n: int) -> wire.OutputsBody:
     """Of a datum of `n` tokens."""
-
-    def table(raw: bytes | None, dtype: str, width: int = -1) -> np.ndarray[tuple[int, int], np.dtype[Any]] | None:
-        """[n, width]; -1: whatever it has."""
-        if raw is None:
-            return None
-        array = np.frombuffer(raw, dtype)
-        if array.size == 0 or array.size != n * (array.size // n if width < 0 else width):
-            raise Corrupt(f"event {position} has {array.size} numbers of an output for {n} tokens")
-        if not np.isfinite(array).all():
-            raise _NotFinite
-        return array.reshape(n, -1)
-
-    entropy, logsumexp = table(datum.entropy, "<f4", 1), table(datum.logsumexp, "<f4", 1)
-    tokens, logprobs, logits = (
-        table(datum.top_tokens, "<i4"),
-        table(datum.top_logprobs, "<f4"),
-        table(datum.logits, "<f4"),
-    )
-    widths = [0 if top is None else top.shape[1] for top in (tokens, logprobs)]
-    if widths[0] != widths[1]:
-        raise Corrupt(f"event {position} has of each token the likeliest {widths[0]} tokens and {widths[1]} logprobs")
+    entropy, logsumexp = table(position, datum.entropy, "<f4", n, 1), table(position, datum.logsumexp, "<f4", n, 1)
+    logits = table(position, datum.logits, "<f4", n)
+    top_tokens, top_logprobs = likeliest(position, datum.top_tokens, datum.top_logprobs, n)
     return wire.OutputsBody(
         entropy=None if entropy is None else entropy[:, 0].tolist(),
         logsumexp=None if logsumexp is None else logsumexp[:, 0].tolist(),
-        top_tokens=None if tokens is None else tokens.tolist(),
-        top_logprobs=None if logprobs is None else logprobs.tolist(),
+        top_tokens=top_tokens,
+        top_logprobs=top_logprobs,
         logits=None if logits is None else wire.LogitsBody(shape=logits.shape, data=logits.tobytes()),
     )
 
 
+def _samples(position: int, done: kinds.SampleCompleted, body: kinds.SamplesBody) -> wire.SampleResult:
+    scores = body.prompt_scores or PromptScores()
+    n = done.num_prompt_tokens
+    top_tokens, top_logprobs = likeliest(position, scores.top_tokens, scores.top_logprobs, n - 1)
+    return wire.SampleResult(
+        sequences=[_sequence(position, sequence) for sequence in body.sequences],
+        prompt_logprobs=None if body.prompt_logprobs is None else floats(body.prompt_logprobs),
+        step=done.step,
+        prompt_top_tokens=top_tokens,
+        prompt_top_logprobs=top_logprobs,
+        prompt_target_logprobs=with_gaps(position, scores.target_logprobs, n),
+    )
+
+
 def _sequence(position: int, sequence: SampledSequence) -> wire.SequenceBody:
-    tokens, logprobs = np.frombuffer(sequence.tokens, "<i4").tolist(), _floats(sequence.logprobs)
+    tokens, logprobs = np.frombuffer(sequence.tokens, "<i4").tolist(), floats(sequence.logprobs)
     if len(tokens) != len(logprobs):
         raise Corrupt(f"event {position} has {len(tokens)} sampled tokens and {len(logprobs)} logprobs")
-    return wire.SequenceBody(tokens=tokens, logprobs=logprobs, stop_reason=sequence.stop_reason)
-
-
-class _NotFinite(Exception):
-    """A number of a result is NaN or infinite."""
-
-
-def _floats(raw: bytes) -> list[float]:
-    """[N] float32 as JSON numbers that read back as the same float32."""
-    array = np.frombuffer(raw, "<f4")
-    if not np.isfinite(array).all():
-        raise _NotFinite
-    numbers: list[float] = array.tolist()
-    return numbers
+    top_tokens, top_logprobs = likeliest(position, sequence.top_tokens, sequence.top_logprobs, len(tokens))
+    return wire.SequenceBody(
+        tokens=tokens,
+        logprobs=logprobs,
+        stop_reason=sequence.stop_reason,
+        top_tokens=top_tokens,
+        top_logprobs=top_logprobs,
+    )
 
 
 def _number(value: float) -> float:
     if not math.isfinite(value):
-        raise _NotFinite
+        raise NotFinite
     return value
 
 

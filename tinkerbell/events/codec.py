@@ -168,9 +168,19 @@ def decode_event(type_: str, version: int, data: str) -> AnyEvent:
         raise Corrupt(f"{type_} version {version} cannot be brought to version {current}: {exc}") from exc
 
 
+def body_bytes(body: Body) -> bytes:
+    """MessagePack of a body, without those last fields that are at their defaults: where a new field is not used, the
+    bytes are those from before there was one."""
+    values, defaults = msgspec.structs.astuple(body), type(body).__struct_defaults__
+    required, num_written = len(values) - len(defaults), len(values)
+    while num_written > required and values[num_written - 1] == defaults[num_written - 1 - required]:
+        num_written -= 1
+    return _encode_msgpack(values[:num_written])
+
+
 def encode_body(body: Body) -> tuple[bytes, BodyCodec, int]:
     """(stored bytes, codec, length before compression). Kept as it is where compressing does not make it smaller."""
-    raw = _encode_msgpack(body)
+    raw = body_bytes(body)
     small = _zstd.compress(raw)
     if len(small) < len(raw):
         return small, "zstd", len(raw)

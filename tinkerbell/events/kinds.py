@@ -21,6 +21,7 @@ from tinkerbell.types import (
     LossSpec,
     ModelInfo,
     OutputSpec,
+    PromptScores,
     SampledSequence,
     SamplerId,
     SamplingParams,
@@ -92,6 +93,8 @@ class SampleRequested(Request, frozen=True, kw_only=True, tag="sample.requested"
     """Prompt tokens."""
     prompt_logprobs_last: int | None = None
     """The caller only wants those of so many tokens at the prompt's end."""
+    prompt_targets_sparse: bool = False
+    """The caller wants what it asked for and no other cells."""
 
 
 class SaveRequested(Request, frozen=True, kw_only=True, tag="save.requested"):
@@ -516,9 +519,10 @@ class ForwardBackwardBody(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SampleBody(msgspec.Struct, frozen=True, array_like=True):
-    """The prompt, [P] int32."""
+    """The prompt, [P] int32, and [P, K] int32 tokens whose logprobs are asked for at its positions (-1: none)."""
 
     prompt: bytes
+    prompt_targets: bytes | None = None
 
 
 class LogprobsBody(msgspec.Struct, frozen=True, array_like=True):
@@ -534,10 +538,11 @@ class OutputsBody(LogprobsBody, frozen=True, array_like=True):
 
 
 class SamplesBody(msgspec.Struct, frozen=True, array_like=True):
-    """Continuations, and [P - 1] float32 logprobs of the prompt if asked for."""
+    """Continuations, and [P - 1] float32 logprobs of the prompt and what else of it was asked for."""
 
     sequences: list[SampledSequence]
     prompt_logprobs: bytes | None
+    prompt_scores: PromptScores | None = None
 
 
 Body = ForwardBackwardBody | SampleBody | LogprobsBody | OutputsBody | SamplesBody

@@ -34,7 +34,7 @@ from tinkerbell.executors.port import (
     UnitResult,
 )
 from tinkerbell.executors.protocol import ExecutorOptions
-from tinkerbell.types import TARGET_PRESETS, AdapterId, DatumOutputs, LoraConfig, ModelInfo, SampledSequence
+from tinkerbell.types import TARGET_PRESETS, AdapterId, DatumOutputs, LoraConfig, ModelInfo, OutputSpec, SampledSequence
 
 TARGETS = (*TARGET_PRESETS["all-linear"], "lm_head")
 EOS_TOKEN = 0
@@ -219,22 +219,33 @@ class FakeExecutor:
         max_tokens = min(params.max_tokens, self._info.max_length - len(prompt))
         if max_tokens < 1:
             raise InvalidRequest(f"a prompt of {len(prompt)} tokens leaves no room in {self._info.max_length}")
+        if max(params.top_logprobs, params.prompt_top_logprobs) > self._info.vocab_size:
+            raise InvalidRequest(f"more top_logprobs than the {self._info.vocab_size} tokens this model has")
+        targets = None if unit.prompt_targets is None else self._targets(unit.prompt_targets, len(prompt))
         stop_tokens = set(self._info.eos_tokens if params.stop_tokens is None else params.stop_tokens)
         sequences: list[SampledSequence] = []
         for sample in unit.indices:
             tokens, logprobs, stopped = distribution.sample(prompt, params, unit.seed, sample, max_tokens, stop_tokens)
+            top = distribution.outputs([prompt[-1], *tokens[:-1]], OutputSpec(top_k=params.top_logprobs))
             sequences.append(
                 SampledSequence(
                     struct.pack(f"<{len(tokens)}i", *tokens),
                     struct.pack(f"<{len(logprobs)}f", *logprobs),
                     "stop" if stopped else "length",
+                    top.top_tokens,
+                    top.top_logprobs,
                 )
             )
         prompt_logprobs = None
         if params.prompt_logprobs:
             found = distribution.target_logprobs(prompt[:-1], prompt[1:])
             prompt_logprobs = struct.pack(f"<{len(found)}f", *found)
-        return SampleDone(request=unit.request, sequences=sequences, prompt_logprobs=prompt_logprobs)
+        return SampleDone(
+            request=unit.request,
+            sequences=sequences,
+            prompt_logprobs=prompt_logprobs,
+            prompt_scores=distribution.prompt_scores(prompt, params.prompt_top_logprobs, targets),
+        )
 
     def _install(self, name: AdapterId, adapter: FakeAdapter) -> AdapterReport:
         self.remove(name)
@@ -266,6 +277,16 @@ class FakeExecutor:
             if not 0 <= token < self._info.vocab_size:
                 raise InvalidRequest(f"token {token} is outside the vocabulary of {self._info.vocab_size}")
         return tokens
+
+    def _targets(self, raw: bytes, num_tokens: int) -> Sequence[int]:
+        """[P * K] ids or -1. Raises InvalidRequest for another number of them, or one outside the vocabulary."""
+        if not raw or len(raw) % (4 * num_tokens):
+            raise InvalidRequest(f"prompt_targets: {len(raw)} bytes are no int32 rows for {num_tokens} tokens")
+        targets = struct.unpack(f"<{len(raw) // 4}i", raw)
+        for target in targets:
+            if not -1 <= target < self._info.vocab_size:
+                raise InvalidRequest(f"prompt_targets: {target} is outside the vocabulary of {self._info.vocab_size}")
+        return targets
 
 
 def _num_tokens(unit: Unit, result: UnitResult) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 from tinkerbell.executors.randomness import uniform
-from tinkerbell.types import DatumOutputs, OutputSpec, SamplingParams
+from tinkerbell.types import DatumOutputs, OutputSpec, PromptScores, SamplingParams
 
 BASE_SPREAD = 2.0
 """Logits of the base model are uniform in ±BASE_SPREAD."""
@@ -113,6 +113,21 @@ class Distribution:
             top_logprobs=_floats(row.logprobs[v] for row, v in top) if spec.top_k else None,
             logits=_floats(z for row in rows for z in row.logits) if spec.logits else None,
         )
+
+    def prompt_scores(self, prompt: Sequence[int], top_k: int, targets: Sequence[int] | None) -> PromptScores | None:
+        """What is asked for of a prompt of P tokens; targets [P * K], row after row, -1 being none."""
+        if not top_k and targets is None:
+            return None
+        top = self.outputs(prompt[:-1], OutputSpec(top_k=top_k))
+        found: bytes | None = None
+        if targets is not None:
+            width = len(targets) // len(prompt)
+            # Nothing is known of the first token: there is none before it.
+            logprobs = [math.nan] * width
+            for i, target in enumerate(targets[width:]):
+                logprobs.append(self.row(prompt[i // width]).logprobs[target] if target >= 0 else math.nan)
+            found = _floats(logprobs)
+        return PromptScores(top_tokens=top.top_tokens, top_logprobs=top.top_logprobs, target_logprobs=found)
 
     def gradient(self, tokens: Sequence[int], targets: Sequence[int], slopes: Sequence[float]) -> list[float]:
         """[K] dLoss/ddelta, given slopes [T] = dLoss/dlogprob.

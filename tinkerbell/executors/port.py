@@ -21,6 +21,7 @@ from tinkerbell.types import (
     LossSpec,
     ModelInfo,
     OutputSpec,
+    PromptScores,
     SampledSequence,
     SamplingParams,
 )
@@ -67,6 +68,8 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, tag="sample"):
     start: int = 0
     stop: int | None = None
     """Samples [start, stop) of the params.num_samples; None: to the last. Each is drawn as if all were."""
+    prompt_targets: bytes | None = None
+    """[P, K] int32: at each position of the prompt K tokens whose logprobs are asked for; -1 is none."""
 
     @property
     def indices(self) -> range:
@@ -122,6 +125,8 @@ class SampleDone(msgspec.Struct, frozen=True, kw_only=True, tag="sample"):
     sequences: list[SampledSequence]
     prompt_logprobs: bytes | None
     """[P - 1] float32 nats of prompt tokens 1.. when they were asked for."""
+    prompt_scores: PromptScores | None = None
+    """What else was asked for of the prompt; None where nothing was."""
 
 
 class UnitFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):

@@ -125,10 +125,13 @@ class Comparison:
         body = body_of(self.log, call.result)
         assert isinstance(body, SamplesBody)
         for number, (before, now) in enumerate(zip(body.sequences, found.sequences, strict=True)):
-            recorded, again = before.tokens.hex() + before.logprobs.hex(), now.tokens.hex() + now.logprobs.hex()
-            if recorded != again:
+            if before != now:
                 yield finding("sample", call, f"sample {number}", "other tokens or logprobs", step=step)
             self.num_compared += 1
+        if body.prompt_logprobs is not None or body.prompt_scores is not None:
+            self.num_compared += 1
+            if (body.prompt_logprobs, body.prompt_scores) != (found.prompt_logprobs, found.prompt_scores):
+                yield finding("sample", call, "the prompt's logprobs", "others", step=step)
 
     def _outputs(self, call: Call) -> list[DatumOutputs]:
         assert call.result is not None

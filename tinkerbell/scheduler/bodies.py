@@ -89,4 +89,6 @@ class Bodies:
 
 def _size(body: RequestBody) -> int:
     """Bytes, near enough for a bound on memory: tokens, targets and one array of loss inputs."""
-    return len(body.prompt) if isinstance(body, SampleBody) else sum(3 * len(datum.tokens) for datum in body.data)
+    if isinstance(body, SampleBody):
+        return len(body.prompt) + len(body.prompt_targets or b"")
+    return sum(3 * len(datum.tokens) for datum in body.data)

@@ -105,7 +105,10 @@ def sample_done(request: PendingRequest, batch: str, step: int) -> tuple[AnyResu
         num_prompt_tokens=event.num_tokens,
         num_sampled_tokens=sum(len(sequence.tokens) // 4 for sequence in sequences),
     )
-    return completed, SamplesBody(sequences=sequences, prompt_logprobs=parts[0].prompt_logprobs)
+    first = parts[0]
+    return completed, SamplesBody(
+        sequences=sequences, prompt_logprobs=first.prompt_logprobs, prompt_scores=first.prompt_scores
+    )
 
 
 def failed(request: PendingRequest, category: Category, code: str, message: str, batch: str | None) -> AnyResult:

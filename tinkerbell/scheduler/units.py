@@ -64,13 +64,26 @@ def units_again(recorded: Recorded, body: Body | None) -> list[Unit]:
         case kinds.SampleRequested(), SampleBody():
             seed = seed_at(event, adapter, recorded.position)
             return [
-                Sample(request=recorded.position, adapter=adapter, prompt=body.prompt, params=event.params, seed=seed)
+                Sample(
+                    request=recorded.position,
+                    adapter=adapter,
+                    prompt=body.prompt,
+                    params=event.params,
+                    seed=seed,
+                    prompt_targets=body.prompt_targets,
+                )
             ]
     raise Corrupt(f"event {recorded.position} has no request body")
 
 
 def _outputs(event: kinds.ForwardRequested | kinds.ForwardBackwardRequested) -> OutputSpec | None:
     return event.outputs if isinstance(event, kinds.ForwardRequested) else None
+
+
+def _unscored(unit: Sample) -> Sample:
+    """The same of a prompt that was scored with the samples before."""
+    params = msgspec.structs.replace(unit.params, prompt_logprobs=False, prompt_top_logprobs=0)
+    return msgspec.structs.replace(unit, params=params, prompt_targets=None)
 
 
 async def _unit(work: Work, bodies: Bodies) -> Unit:
@@ -84,17 +97,17 @@ async def _unit(work: Work, bodies: Bodies) -> Unit:
             body = await bodies.get(request)
             assert isinstance(body, SampleBody)
             start, stop = request.chunks[work.chunk]
-            # The prompt is scored once.
-            params = event.params if work.first else msgspec.structs.replace(event.params, prompt_logprobs=False)
-            return Sample(
+            unit = Sample(
                 request=request.position,
                 adapter=request.adapter,
                 prompt=body.prompt,
-                params=params,
+                params=event.params,
                 seed=sample_seed(request),
                 start=start,
                 stop=stop,
+                prompt_targets=body.prompt_targets,
             )
+            return unit if work.first else _unscored(unit)
         case kinds.ForwardRequested() | kinds.ForwardBackwardRequested():
             body = await bodies.get(request)
             assert isinstance(body, ForwardBackwardBody) and request.adapter is not None

@@ -127,13 +127,19 @@ def optim_step(adapter: str, settings: Adam) -> Call[wire.Future]:
 
 
 def sample(adapter: str | None, prompt: Sequence[int], settings: Sampling) -> Call[wire.Future]:
-    """POST /v1/adapters/{id}/sample, or /v1/sample; `settings` are fields of SamplingParams"""
+    """POST /v1/adapters/{id}/sample, or /v1/sample; `settings` are fields of SamplingParams, and prompt_targets"""
     # A lone string is one stop text; as a sequence it would be many of one letter.
     given: dict[str, object] = dict(settings)
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
+    targets = settings.get("prompt_targets")
+    given.pop("prompt_targets", None)
     # index() takes the integers of array libraries as well, which JSON encoders refuse.
-    body = wire.Sample(prompt=[index(token) for token in prompt], params=_checked(SamplingParams, given))
+    body = wire.Sample(
+        prompt=[index(token) for token in prompt],
+        params=_checked(SamplingParams, given),
+        prompt_targets=None if targets is None else [[index(token) for token in row] for row in targets],
+    )
     return _post("/v1/sample" if adapter is None else f"{_adapter(adapter)}/sample", body)
 
 

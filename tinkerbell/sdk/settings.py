@@ -1,5 +1,5 @@
 """Keyword arguments of optim_step, sample and forward; meanings and bounds are those of `types.AdamParams`,
-`types.SamplingParams` and `types.OutputSpec`, and what is left out takes their defaults."""
+`types.SamplingParams` and `types.OutputSpec` if nothing else is said, and what is left out takes their defaults."""
 
 from collections.abc import Sequence
 from typing import TypedDict
@@ -37,3 +37,7 @@ class Sampling(TypedDict, total=False):
     stop: Sequence[str] | str
     stop_tokens: Sequence[int] | None
     prompt_logprobs: bool
+    top_logprobs: int
+    prompt_top_logprobs: int
+    prompt_targets: Sequence[Sequence[int]] | None
+    """[P, K], as in `wire.Sample`: at each position of the prompt tokens whose logprobs are asked for; -1 is none."""

@@ -8,10 +8,12 @@ import sys
 import urllib.request
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import tinker
+import torch
 from tinker import types
 
 warnings.simplefilter("ignore")
@@ -80,8 +82,33 @@ def calls(wait: Callable[[Any], Any]) -> None:
         ok("sampled logprobs", all(len(each.logprobs) == len(each.tokens) for each in samples.sequences))
         ok("prompt logprobs", samples.prompt_logprobs[0] is None and len(samples.prompt_logprobs) == len(ids))
         again = wait(sampler.sample(prompt, 3, params))
+        greedy_one = types.SamplingParams(max_tokens=1, temperature=0.0)
         ok("seed", [each.tokens for each in again.sequences] == [each.tokens for each in samples.sequences])
         ok("compute_logprobs", wait(sampler.compute_logprobs(prompt))[1:] == samples.prompt_logprobs[1:])
+        rich = wait(
+            sampler.sample(
+                prompt,
+                2,
+                types.SamplingParams(max_tokens=3, seed=2, stop=[]),
+                include_prompt_logprobs=True,
+                topk_prompt_logprobs=2,
+                topk_sample_logprobs=3,
+            )
+        )
+        likeliest = rich.topk_prompt_logprobs
+        ok(
+            "topk_prompt_logprobs",
+            likeliest[0] is None and [len(each) for each in likeliest[1:]] == [2] * (len(ids) - 1),
+        )
+        ok("topk_sample_logprobs", all(len(row) == 3 for each in rich.sequences for row in each.topk_logprobs))
+        wanted = torch.full((len(ids) - 1, 2), -1)
+        wanted[-1, 0] = ids[-1]
+        for layout in (types.TensorData.from_torch, partial(types.TensorData.from_torch_sparse, pad_value=-1)):
+            scored = wait(sampler.sample(prompt, 1, greedy_one, target_prompt_logprobs=layout(wanted)))
+            found = scored.target_prompt_logprobs
+            ok(f"target_prompt_logprobs {len(done)}", list(found.shape) == [len(ids) - 1, 2])
+            values = [value for value in found.data if value]
+            ok(f"of the token itself {len(done)}", np.allclose(values, [samples.prompt_logprobs[-1]]))
         last = wait(sampler.compute_logprobs(prompt, 2))
         ok("of the last tokens", last[-2:] == samples.prompt_logprobs[-2:] and last[-3] is None)
         greedy = types.SamplingParams(max_tokens=4, temperature=0.0, stop=[2])

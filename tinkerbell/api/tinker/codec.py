@@ -20,6 +20,9 @@ MEDIA_TYPE = "application/x-protobuf"
 TARGETS = "target_tokens"
 
 _DTYPES = {pb.DTYPE_FLOAT32: "<f4", pb.DTYPE_INT64: "<i8", pb.DTYPE_INT32: "<i4"}
+NOTHING = -99999.0
+"""Logprob of an empty cell."""
+
 _LARGEST = 2**27
 """Numbers in one dense tensor; a sparse one of few bytes may name any shape."""
 
@@ -211,18 +214,60 @@ def forward_backward_output(position: int, loss: float, metrics: Mapping[str, fl
     return output.SerializeToString()
 
 
-def sample_response(position: int, body: kinds.Body | None, last: int | None) -> bytes:
-    """SampleResponse, with the prompt's logprobs of its `last` tokens only. Raises Corrupt."""
-    if not isinstance(body, kinds.SamplesBody):
+def sample_response(
+    position: int, asked: kinds.SampleRequested, request: kinds.Body | None, body: kinds.Body | None
+) -> bytes:
+    """SampleResponse of what a request with this body asked. Raises Corrupt."""
+    if not isinstance(request, kinds.SampleBody) or not isinstance(body, kinds.SamplesBody):
         raise Corrupt(f"event {position} has no samples")
     response = pb.SampleResponse()
     for sequence in body.sequences:
         reason = pb.STOP_REASON_STOP if sequence.stop_reason == "stop" else pb.STOP_REASON_LENGTH
-        response.sequences.add(stop_reason=reason, tokens=sequence.tokens, logprobs=sequence.logprobs)
+        added = response.sequences.add(stop_reason=reason, tokens=sequence.tokens, logprobs=sequence.logprobs)
+        if sequence.top_tokens is not None and sequence.top_logprobs is not None:
+            k = asked.params.top_logprobs
+            added.topk_sampled_logprobs.CopyFrom(_likeliest(sequence.top_tokens, sequence.top_logprobs, k))
+    # The first token is given, nobody predicted it.
+    first = asked.num_tokens - asked.prompt_logprobs_last if asked.prompt_logprobs_last is not None else 1
     if body.prompt_logprobs is not None:
-        # The first token is given, nobody predicted it.
         logprobs = np.append(np.float32(np.nan), np.frombuffer(body.prompt_logprobs, "<f4")).astype("<f4")
-        if last is not None:
-            logprobs[: len(logprobs) - last] = np.nan
+        logprobs[:first] = np.nan
         response.prompt_logprobs = logprobs.tobytes()
+    scores = body.prompt_scores
+    if scores is not None and scores.top_tokens is not None and scores.top_logprobs is not None:
+        k = asked.params.prompt_top_logprobs
+        tokens, tops = np.zeros((asked.num_tokens, k), "<i4"), np.full((asked.num_tokens, k), NOTHING, "<f4")
+        tokens[1:], tops[1:] = (
+            np.frombuffer(raw, dtype).reshape(-1, k)
+            for raw, dtype in ((scores.top_tokens, "<i4"), (scores.top_logprobs, "<f4"))
+        )
+        tokens[:first], tops[:first] = 0, NOTHING
+        response.topk_prompt_logprobs.CopyFrom(_likeliest(tokens.tobytes(), tops.tobytes(), k))
+    if scores is not None and scores.target_logprobs is not None and request.prompt_targets is not None:
+        targets = np.frombuffer(request.prompt_targets, "<i4").reshape(asked.num_tokens, -1)[1:]
+        logprobs = np.frombuffer(scores.target_logprobs, "<f4").reshape(asked.num_tokens, -1)[1:]
+        found = _targets_dense if not asked.prompt_targets_sparse else _targets_sparse
+        response.target_prompt_logprobs.CopyFrom(found(targets, logprobs))
     return response.SerializeToString()
+
+
+def _likeliest(tokens: bytes, logprobs: bytes, k: int) -> pb.TopkLogprobs:
+    return pb.TopkLogprobs(token_ids=tokens, logprobs=logprobs, k=k, length=len(tokens) // (4 * k))
+
+
+def _targets_dense(targets: Array, logprobs: Array) -> pb.Tensor:
+    """0 where nothing was asked for."""
+    cells = np.where(targets >= 0, logprobs, np.float32(0)).astype("<f4")
+    return pb.Tensor(dense=cells.tobytes(), dtype=pb.DTYPE_FLOAT32, shape=cells.shape)
+
+
+def _targets_sparse(targets: Array, logprobs: Array) -> pb.Tensor:
+    """The cells that were asked for."""
+    rows, columns = np.nonzero(targets >= 0)
+    ends = np.append(0, np.cumsum((targets >= 0).sum(axis=1))).astype("<i8")
+    csr = pb.SparseCsr(
+        values=logprobs[rows, columns].astype("<f4").tobytes(),
+        crow_indices=ends.tobytes(),
+        col_indices=columns.astype("<i8").tobytes(),
+    )
+    return pb.Tensor(sparse_csr=csr, dtype=pb.DTYPE_FLOAT32, shape=targets.shape)

@@ -40,7 +40,7 @@ def answer(store: EventStore, request: Recorded, result: Recorded) -> bytes | di
             return codec.forward_backward_output(result.position, done.loss, done.metrics, store.body(result))
         case kinds.SampleCompleted():
             assert isinstance(request.event, kinds.SampleRequested)
-            return codec.sample_response(result.position, store.body(result), request.event.prompt_logprobs_last)
+            return codec.sample_response(result.position, request.event, store.body(request), store.body(result))
         case kinds.OptimStepCompleted() as done:
             return {"type": "optim_step", "metrics": {"grad_norm": done.grad_norm, "step": float(done.step)}}
         case kinds.AddLoraCompleted():

@@ -1,9 +1,17 @@
 """What an asample asks for, in the words of `/v1`."""
 
+from itertools import pairwise
+
+import numpy as np
+
 from tinkerbell import wire
 from tinkerbell.api.tinker import messages as m
 from tinkerbell.errors import InvalidRequest
 from tinkerbell.types import ModelInfo, SamplingParams
+
+MAX_TARGETS = 1024
+"""Of a position of a prompt."""
+MAX_TOP = 64
 
 _SEED_BITS = (1 << 63) - 1
 
@@ -18,11 +26,11 @@ def request(body: m.Asample, model: ModelInfo) -> wire.Sample:
     last = body.prompt_logprobs_last_n
     if last is not None and not 1 <= last <= len(prompt):
         raise InvalidRequest(f"prompt_logprobs_last_n is {last}; the prompt has {len(prompt)} tokens.")
-    for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
-        if getattr(body, name):
-            raise InvalidRequest(f"{name} is not served.")
-    if body.target_prompt_logprobs is not None:
-        raise InvalidRequest("target_prompt_logprobs is not served.")
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
+        if not 0 <= getattr(body, name) <= MAX_TOP:
+            raise InvalidRequest(f"{name} is {getattr(body, name)}; it may be 0 to {MAX_TOP}.")
+    if body.prompt_alt_tokens_k:
+        raise InvalidRequest("prompt_alt_tokens_k is not served.")
     texts, tokens = _stop(asked.stop)
     params = SamplingParams(
         max_tokens=room if asked.max_tokens is None else asked.max_tokens,
@@ -34,8 +42,43 @@ def request(body: m.Asample, model: ModelInfo) -> wire.Sample:
         stop=texts,
         stop_tokens=tokens,
         prompt_logprobs=bool(body.prompt_logprobs),
+        top_logprobs=body.topk_sample_logprobs,
+        prompt_top_logprobs=body.topk_prompt_logprobs,
     )
-    return wire.Sample(prompt=prompt, params=params)
+    return wire.Sample(prompt=prompt, params=params, prompt_targets=_targets(body.target_prompt_logprobs, len(prompt)))
+
+
+def _targets(tensor: m.TensorBody | None, num_tokens: int) -> list[list[int]] | None:
+    """[P, K], -1 where nothing is asked for, of a tensor [P - 1, K] that begins with the second token."""
+    if tensor is None:
+        return None
+    where = "target_prompt_logprobs"
+    shape = tensor.shape or []
+    if len(shape) != 2 or shape[0] != num_tokens - 1 or not 1 <= shape[1] <= MAX_TARGETS:
+        raise InvalidRequest(
+            f"{where} has the shape {shape}; for this prompt it is [{num_tokens - 1}, K], K from 1 to {MAX_TARGETS}."
+        )
+    cells = np.full(shape, -1.0)
+    rows, columns = tensor.sparse_crow_indices, tensor.sparse_col_indices
+    if rows is None or columns is None:
+        if len(tensor.data) != cells.size:
+            raise InvalidRequest(f"{where} has {len(tensor.data)} numbers for the shape {shape}.")
+        cells[:] = np.reshape(tensor.data, shape)
+    else:
+        fits = (
+            len(rows) == shape[0] + 1
+            and rows[0] == 0
+            and rows[-1] == len(tensor.data) == len(columns)
+            and all(a <= b for a, b in pairwise(rows))
+            and all(0 <= column < shape[1] for column in columns)
+        )
+        if not fits:
+            raise InvalidRequest(f"{where} is no CSR matrix of the shape {shape}.")
+        cells[np.repeat(np.arange(shape[0]), np.diff(rows)), columns] = tensor.data
+    if not ((cells >= -1) & (cells < 2**31) & (cells == np.floor(cells))).all():
+        raise InvalidRequest(f"{where} has numbers that are no tokens.")
+    found: list[list[int]] = cells.astype(int).tolist()
+    return [[-1] * shape[1], *found]
 
 
 def _tokens(prompt: m.Prompt) -> list[int]:

@@ -222,16 +222,24 @@ class TinkerSubmitter(Submitting):
         """Continuations of a prompt with a sampler's weights, which an adapter of the sampler's name holds."""
         sampler = body.sampling_session_id
         row = await asyncio.to_thread(self.sampler, sampler)
+        tensor = body.target_prompt_logprobs
+        sparse = tensor is not None and tensor.sparse_crow_indices is not None
 
         def draft(model: ModelInfo) -> Draft:
             asked = sampling.request(body, model)
             tokens = asked.prompt
-            prompt = validation.prompt(asked, model, self._context.settings.limits.max_request_tokens)
+            limits = self._context.settings.limits
+            prompt = validation.prompt(asked, model, limits.max_request_tokens)
+            targets = validation.prompt_targets(asked, model)
+            validation.sample_outputs(asked, model, limits.max_output_bytes)
             event = kinds.SampleRequested(
-                params=asked.params, num_tokens=len(tokens), prompt_logprobs_last=body.prompt_logprobs_last_n
+                params=asked.params,
+                num_tokens=len(tokens),
+                prompt_logprobs_last=body.prompt_logprobs_last_n,
+                prompt_targets_sparse=sparse,
             )
             before = () if row.checkpoint is None else self._adapter_of(row, model)
-            return Draft(event=event, body=kinds.SampleBody(prompt), tokens=len(tokens), before=before)
+            return Draft(event=event, body=kinds.SampleBody(prompt, targets), tokens=len(tokens), before=before)
 
         adapter = None if row.checkpoint is None else sampler
         recorded, _ = await self.submit("sample", adapter, draft, path_id=adapter)

@@ -1,6 +1,7 @@
 """What a forward answers of each token's distribution besides the logprob of its target.
 
-Shapes: as in `head`: N rows of one micro-batch, C rows of one chunk, V vocabulary, B columns of one block, k likeliest.
+Shapes: as in `head`: N rows of one micro-batch, C rows of one chunk, V vocabulary, B columns of one block, k likeliest,
+K targets of each row besides its own.
 
 All of it comes from the blocks of logits that the logprobs are computed from, in the same sweep. Entropy is joined
 block by block beside the softmax: with e = exp(z - top), H = log sum(e) - sum(e (z - top)) / sum(e), which is
@@ -20,8 +21,10 @@ from tinkerbell.types import DatumOutputs, OutputSpec
 class Rows:
     """Outputs of rows [start, stop) of a pass, which want the same."""
 
-    def __init__(self, start: int, stop: int, spec: OutputSpec, vocab_size: int, like: Tensor) -> None:
-        """Makes room for what is wanted, in the dtype and on the device of `like`."""
+    def __init__(
+        self, start: int, stop: int, spec: OutputSpec, vocab_size: int, like: Tensor, targets: Tensor | None = None
+    ) -> None:
+        """Makes room for what is wanted, in the dtype and on the device of `like`. targets [N, K] int64: -1 is none."""
         self.start, self.stop, self.spec = start, stop, spec
         n, k = stop - start, spec.top_k
         self.entropy = like.new_empty(n) if spec.entropy else None
@@ -34,10 +37,15 @@ class Rows:
         """[N, k]"""
         self.logits = like.new_empty(n, vocab_size) if spec.logits else None
         """[N, V]"""
+        self.targets = targets
+        self.target_logprobs = None if targets is None else like.new_full(targets.shape, torch.nan)
+        """[N, K], NaN where there is no target."""
 
     def finite(self) -> bool:
-        """Whether all numbers are."""
-        found = (self.entropy, self.logsumexp, self.top_logprobs, self.logits)
+        """Whether all numbers are that were asked for."""
+        found = [self.entropy, self.logsumexp, self.top_logprobs, self.logits]
+        if self.targets is not None and self.target_logprobs is not None:
+            found.append(self.target_logprobs[self.targets >= 0])
         return all(bool(torch.isfinite(part).all()) for part in found if part is not None)
 
     def split(self, lengths: Sequence[int]) -> list[DatumOutputs]:
@@ -80,6 +88,12 @@ class Sweep:
             if rows.logits is not None:
                 ours, chunk = self._overlap(rows)
                 rows.logits[ours, first:end] = z[chunk]
+            if rows.targets is not None and rows.target_logprobs is not None:
+                ours, chunk = self._overlap(rows)
+                column = rows.targets[ours] - first
+                inside = (column >= 0) & (column < end - first)
+                found = z[chunk].gather(1, column.clamp_(0, end - first - 1))
+                rows.target_logprobs[ours] = torch.where(inside, found, rows.target_logprobs[ours])
         if self._k:
             self._top = _join(self._top, largest(z, min(self._k, end - first)), first, self._k)
         if not self._with_entropy:
@@ -111,6 +125,9 @@ class Sweep:
                 values, columns = (part[chunk, : rows.spec.top_k] for part in self._top)
                 rows.top_tokens[ours] = columns
                 rows.top_logprobs[ours] = (values - softmax.top[:n][chunk, None]).sub_(log_total[chunk, None])
+            if rows.target_logprobs is not None:
+                rows.target_logprobs[ours] -= softmax.top[:n][chunk, None]
+                rows.target_logprobs[ours] -= log_total[chunk, None]
 
     def _overlap(self, rows: Rows) -> tuple[slice, slice]:
         """Which of `rows` are in the chunk, and where."""

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from tinkerbell.errors import InvalidRequest, NotFound, UserError
+from tinkerbell.executors.hf import prompt_scores
 from tinkerbell.executors.hf.adapter import Adapter
 from tinkerbell.executors.hf.decode import MAX_ROWS, Decoder, Row
 from tinkerbell.executors.hf.failures import NonFinite, failed
-from tinkerbell.executors.hf.head import target_logprobs
 from tinkerbell.executors.hf.kv_cache import Cache, PrefillAttention, Prefix, Store
 from tinkerbell.executors.hf.packing import PACK_TOKENS, arrange, check_token_ids, column
-from tinkerbell.executors.hf.runtime import Pass, RowRange, Runtime
-from tinkerbell.executors.hf.sampling import choose, normaliser
+from tinkerbell.executors.hf.prompt_scores import Scores
+from tinkerbell.executors.hf.runtime import RowRange, Runtime
+from tinkerbell.executors.hf.sampling import choose, likeliest, normaliser
 from tinkerbell.executors.hf.stop import StopTexts, load_tokenizer
 from tinkerbell.executors.port import Sample, SampleDone, UnitFailed
 from tinkerbell.executors.randomness import uniform
@@ -48,7 +49,7 @@ class _Job:
     """None where no stop text was given."""
     prefix: Prefix | None = None
     """Of the prompt without its last token, until the last sample has started."""
-    prompt_logprobs: bytes | None = None
+    scores: Scores = (None, None)
     waiting: deque[int] = field(default_factory=deque)
     """Indices of samples that have not started, in order."""
     sequences: dict[int, SampledSequence] = field(default_factory=dict)
@@ -65,7 +66,10 @@ class _Job:
         if self.failure is not None:
             return self.failure
         sequences = [self.sequences[index] for index in self.unit.indices]
-        return SampleDone(request=self.unit.request, sequences=sequences, prompt_logprobs=self.prompt_logprobs)
+        logprobs, scores = self.scores
+        return SampleDone(
+            request=self.unit.request, sequences=sequences, prompt_logprobs=logprobs, prompt_scores=scores
+        )
 
 
 class _Stream:
@@ -77,6 +81,9 @@ class _Stream:
         self.cache = cache
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
+        self.top_tokens: list[Tensor] = []
+        """[k] of each token, where they are asked for."""
+        self.top_logprobs: list[Tensor] = []
         stops = job.unit.params.stop
         self.stop_texts = StopTexts(job.tokenizer, stops, job.prompt) if stops else None
 
@@ -93,6 +100,10 @@ class _Stream:
         token = choose(logits, unit.params, uniform(unit.seed, self.index, len(self.tokens)))
         self.tokens.append(token)
         self.logprobs.append(float(logits[token]) - normal)
+        if unit.params.top_logprobs:
+            top = likeliest(logits, unit.params.top_logprobs)
+            self.top_tokens.append(top)
+            self.top_logprobs.append(logits[top].double() - normal)
         stopped = token in self.job.stop_tokens
         if self.stop_texts is not None and self.stop_texts.push(token):
             stopped = True
@@ -101,9 +112,17 @@ class _Stream:
                 np.asarray(self.tokens, "<i4").tobytes(),
                 np.asarray(self.logprobs, "<f4").tobytes(),
                 "stop" if stopped else "length",
+                *self._top(),
             )
             return True
         return False
+
+    def _top(self) -> tuple[bytes, bytes] | tuple[None, None]:
+        """([M, k] int32 likeliest tokens, [M, k] float32 their logprobs)."""
+        if not self.top_tokens:
+            return None, None
+        tokens, logprobs = torch.stack(self.top_tokens), torch.stack(self.top_logprobs)
+        return tokens.numpy().astype("<i4").tobytes(), logprobs.numpy().astype("<f4").tobytes()
 
 
 class Sampler:
@@ -166,6 +185,7 @@ class Sampler:
         if not unit.prompt or len(unit.prompt) % 4:
             raise InvalidRequest("prompt: must be int32, at least one token")
         check_token_ids("prompt", unit.prompt, self._info)
+        prompt_scores.check(unit, self._info)
         prompt = np.frombuffer(unit.prompt, "<i4").tolist()
         room = self._info.max_length - len(prompt)
         if room < 1:
@@ -241,8 +261,8 @@ class Sampler:
         """Fill the jobs' prefixes; all in one pass, each a micro-batch of its own."""
         for job in jobs:
             job.prefix = Prefix(len(job.prompt) - 1)
-            if job.unit.params.prompt_logprobs:
-                job.prompt_logprobs = b""
+            if not job.prefix.length:
+                self._score(job, None)
         long = [(job, job.prefix) for job in jobs if job.prefix is not None and job.prefix.length]
         if not long:
             return
@@ -262,21 +282,16 @@ class Sampler:
             plan,
         )
         for (job, _), start, stop in zip(long, bounds, bounds[1:], strict=False):
-            if job.unit.params.prompt_logprobs:
-                self._score(job, hidden[start:stop])
+            self._score(job, hidden[start:stop])
 
-    def _score(self, job: _Job, hidden: Tensor) -> None:
-        """Logprobs of prompt tokens 1.., given hidden rows [P - 1, D] of the tokens before them."""
-        count = len(hidden)
-        ranges = () if job.adapter is None else (RowRange(0, count, job.adapter),)
-        targets = torch.tensor(job.prompt[1:], device=hidden.device)
-        shared = self._runtime.products() == "shared"
-        plan = Pass((0, count), ranges, heights=self._runtime.heights if shared else None)
-        logprobs = target_logprobs(self._runtime, hidden, targets, plan)
-        if not bool(torch.isfinite(logprobs).all()):
-            job.failure = failed(job.unit.request, NonFinite("the prompt's logprobs are not finite"))
+    def _score(self, job: _Job, hidden: Tensor | None) -> None:
+        """What the job asks of its prompt, given hidden rows [P - 1, D] of the tokens before the last, if there are."""
+        if not prompt_scores.wanted(job.unit):
             return
-        job.prompt_logprobs = logprobs.float().cpu().numpy().astype("<f4").tobytes()
+        try:
+            job.scores = prompt_scores.score(self._runtime, job.unit, job.adapter, hidden)
+        except NonFinite as exc:
+            job.failure = failed(job.unit.request, exc)
 
 
 def _packs(jobs: Sequence[_Job]) -> list[list[_Job]]:
