@@ -219,6 +219,11 @@ def test_the_number_of_another_request_is_refused_for_good(tinker: Tinker) -> No
     assert found.status_code == 400 and "another request" in found.json()["detail"]
 
 
+def test_metadata_has_a_bound(tinker: Tinker) -> None:
+    found = tinker.post("create_session", sdk_version="0.38.0", tags=[], user_metadata={"k": "x" * 70_000})
+    assert found.status_code == 413 and "65536" in found.json()["detail"]
+
+
 def test_a_retried_session_is_one(tinker: Tinker) -> None:
     body = {"sdk_version": "0.38.0", "tags": []}
     headers = {"X-Idempotency-Key": "stainless-python-retry-1"}

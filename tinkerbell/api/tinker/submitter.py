@@ -18,7 +18,7 @@ from tinkerbell.api.submitting import Caller, Draft, Submitting
 from tinkerbell.api.tinker import codec, names, sampling
 from tinkerbell.api.tinker import messages as m
 from tinkerbell.api.tinker import wire_pb2 as pb
-from tinkerbell.errors import InvalidRequest
+from tinkerbell.errors import InvalidRequest, TooLarge
 from tinkerbell.events import kinds
 from tinkerbell.events.rows import CheckpointRow, SamplerRow, SessionRow
 from tinkerbell.types import (
@@ -32,6 +32,9 @@ from tinkerbell.types import (
 
 ALPHA = 32.0
 """Of every adapter made here: the protocol has no word for it."""
+
+MAX_SMALL_BYTES = 65_536
+"""Of a request that carries no data."""
 
 _SEED_BITS = (1 << 63) - 1
 
@@ -55,6 +58,7 @@ class TinkerSubmitter(Submitting):
 
     async def create_model(self, body: m.CreateModel) -> m.Submitted:
         """A new adapter with the id `<session>:train:<n>`."""
+        self._require_small()
         model_id = names.model_id(names.session_id(body.session_id), body.model_seq_id)
 
         def draft(model: ModelInfo) -> Draft:
@@ -78,6 +82,7 @@ class TinkerSubmitter(Submitting):
 
     async def load_as_new(self, body: m.LoadWeights) -> m.Submitted:
         """A new adapter that begins as a checkpoint."""
+        self._require_small()
         if body.session_id is None or body.model_seq_id is None:
             raise InvalidRequest("load_weights needs model_id and seq_id, or session_id and model_seq_id.")
         session = names.session_id(body.session_id)
@@ -157,6 +162,7 @@ class TinkerSubmitter(Submitting):
 
     async def save(self, body: m.SaveWeights, *, external: bool) -> m.Submitted:
         """A checkpoint to train on, or to be taken away."""
+        self._require_small()
         if body.age_encryption_recipients:
             raise InvalidRequest("age_encryption_recipients: checkpoints are not encrypted for others here.")
         path = names.Path(body.model_id, "external" if external else "state", names.checkpoint_name(body.path))
@@ -169,6 +175,7 @@ class TinkerSubmitter(Submitting):
 
     async def save_for_sampler(self, body: m.SaveWeightsForSampler) -> m.Submitted:
         """A checkpoint to sample from; without a name for one sampling session, which is made with it."""
+        self._require_small()
         if body.kind != "snapshot":
             raise InvalidRequest(f"kind: {body.kind!r} is not served; a sampler keeps the weights it was made with.")
         if body.path is not None:
@@ -248,6 +255,7 @@ class TinkerSubmitter(Submitting):
 
     async def create_session(self, body: m.CreateSession, client: str) -> SessionId:
         """A session of the caller's. Its retry gives the same one."""
+        self._require_small()
         started = kinds.SessionStarted(
             session=names.new_session(),
             client=client,
@@ -262,14 +270,16 @@ class TinkerSubmitter(Submitting):
 
     async def finish_session(self, session: SessionId, reason: str, detail: str | None) -> None:
         """What it made leaves the executor; what it saved stays. Once is enough: again is fine."""
+        self._require_small()
         row = await asyncio.to_thread(self.session, session)
         if row.ended_us is not None:
             return
-        ended = self._event(kinds.SessionEnded(session=session, reason=reason, detail=detail), f"tinker:end:{session}")
-        await self._write(ended)
         for adapter in await asyncio.to_thread(self._queries.adapters, self._tenant):
             if names.session_of(adapter.id) == session and adapter.state in ("pending", "ready"):
                 await self._remove(adapter.id)
+        # Last: who was interrupted before asks again.
+        ended = self._event(kinds.SessionEnded(session=session, reason=reason, detail=detail), f"tinker:end:{session}")
+        await self._write(ended)
 
     async def change_checkpoint(
         self,
@@ -325,6 +335,14 @@ class TinkerSubmitter(Submitting):
     async def _for_model(self, kind: str, model_id: AdapterId, draft: Callable[[ModelInfo], Draft]) -> m.Submitted:
         recorded, _ = await self.submit(kind, validation.adapter_id(model_id), draft, path_id=model_id)
         return m.Submitted(request_id=str(recorded.position), model_id=model_id)
+
+    def _require_small(self) -> None:
+        """Of what goes into the log as it is: names and metadata."""
+        if len(self._caller.raw) > MAX_SMALL_BYTES:
+            raise TooLarge(
+                f"This request has {len(self._caller.raw)} bytes; with its metadata it may have {MAX_SMALL_BYTES}.",
+                limit=MAX_SMALL_BYTES,
+            )
 
     async def _remove(self, adapter: AdapterId) -> None:
         event = kinds.RemoveLoraRequested()
