@@ -6,21 +6,25 @@ another, but for the chunks of one forward_backward, whose gradients add in any 
 """
 
 import asyncio
-import hashlib
-import time
-from collections.abc import Callable
 
 import msgspec
 
 from tinkerbell.api import validation
-from tinkerbell.api.context import Context
-from tinkerbell.api.submitting import Caller, Draft, Submitting
+from tinkerbell.api.submitting import Draft
 from tinkerbell.api.tinker import codec, names, sampling
 from tinkerbell.api.tinker import messages as m
 from tinkerbell.api.tinker import wire_pb2 as pb
-from tinkerbell.errors import InvalidRequest, TooLarge
+from tinkerbell.api.tinker.base import (
+    SEED_BITS,
+    TinkerSubmitting,
+    check_base_model,
+    check_loadable,
+    check_optimizer,
+    seed_of,
+)
+from tinkerbell.errors import InvalidRequest
 from tinkerbell.events import kinds
-from tinkerbell.events.rows import CheckpointRow, SamplerRow, SessionRow
+from tinkerbell.events.rows import CheckpointRow
 from tinkerbell.types import (
     AdamParams,
     AdapterId,
@@ -33,28 +37,9 @@ from tinkerbell.types import (
 ALPHA = 32.0
 """Of every adapter made here: the protocol has no word for it."""
 
-MAX_SMALL_BYTES = 65_536
-"""Of a request that carries no data."""
 
-_SEED_BITS = (1 << 63) - 1
-
-
-def served_names(model: ModelInfo) -> tuple[str, ...]:
-    """How a client may call the served model: first the name that gives it the tokenizer."""
-    return tuple(dict.fromkeys(name for name in (model.tokenizer, model.name) if name))
-
-
-def base_model(model: ModelInfo) -> str:
-    """What clients are told: `AutoTokenizer.from_pretrained` takes it."""
-    return served_names(model)[0]
-
-
-class TinkerSubmitter(Submitting):
+class TinkerSubmitter(TinkerSubmitting):
     """Submits one caller's request."""
-
-    def __init__(self, context: Context, caller: Caller) -> None:
-        super().__init__(context, caller)
-        self._queries = context.store.queries
 
     async def create_model(self, body: m.CreateModel) -> m.Submitted:
         """A new adapter with the id `<session>:train:<n>`."""
@@ -63,8 +48,8 @@ class TinkerSubmitter(Submitting):
 
         def draft(model: ModelInfo) -> Draft:
             self._living_session(body.session_id)
-            _check_base_model(body.base_model, model)
-            _check_optimizer(body.optimizer_config.type)
+            check_base_model(body.base_model, model)
+            check_optimizer(body.optimizer_config.type)
             shape = body.lora_config
             wanted = (("attention", shape.train_attn), ("mlp", shape.train_mlp), ("unembed", shape.train_unembed))
             targets = tuple(target for target, trained in wanted if trained)
@@ -72,7 +57,7 @@ class TinkerSubmitter(Submitting):
                 raise InvalidRequest("lora_config: train at least one of attn, mlp and unembed.")
             lora = LoraConfig(rank=shape.rank, alpha=ALPHA, targets=targets)
             validation.lora(lora, model)
-            seed = _seed_of(model_id) if shape.seed is None else shape.seed & _SEED_BITS
+            seed = seed_of(model_id) if shape.seed is None else shape.seed & SEED_BITS
             event = kinds.AddLoraRequested(
                 base_model=model.name, lora=lora, seed=seed, user_metadata=body.user_metadata or {}
             )
@@ -91,14 +76,14 @@ class TinkerSubmitter(Submitting):
         def draft(model: ModelInfo) -> Draft:
             self._living_session(session)
             if body.base_model is not None:
-                _check_base_model(body.base_model, model)
-            _check_optimizer(body.optimizer_config.type)
+                check_base_model(body.base_model, model)
+            check_optimizer(body.optimizer_config.type)
             checkpoint = self._at_path(body.path)
-            _check_loadable(checkpoint, body.optimizer)
+            check_loadable(checkpoint, body.optimizer)
             event = kinds.AddLoraRequested(
                 base_model=model.name,
                 lora=checkpoint.lora,
-                seed=_seed_of(model_id),
+                seed=seed_of(model_id),
                 checkpoint=checkpoint.id,
                 with_optimizer=body.optimizer,
                 user_metadata=body.user_metadata or {},
@@ -112,7 +97,7 @@ class TinkerSubmitter(Submitting):
 
         def draft(_: ModelInfo) -> Draft:
             checkpoint = self._at_path(body.path)
-            _check_loadable(checkpoint, body.optimizer)
+            check_loadable(checkpoint, body.optimizer)
             row = self._queries.adapter(self._tenant, model_id)
             if row is None:
                 raise validation.no_adapter(model_id)
@@ -216,7 +201,7 @@ class TinkerSubmitter(Submitting):
             if body.model_path is not None:
                 checkpoint = self._at_path(body.model_path).id
             elif body.base_model is not None:
-                _check_base_model(body.base_model, self._context.model())
+                check_base_model(body.base_model, self._context.model())
                 checkpoint = None
             else:
                 raise InvalidRequest("create_sampling_session needs base_model or model_path.")
@@ -297,126 +282,3 @@ class TinkerSubmitter(Submitting):
             deleted=deleted,
         )
         await self._write(self._event(changed, None))
-
-    # ---- what is there ---------------------------------------------------------------------------------------------
-
-    def session(self, text: str) -> SessionRow:
-        """Raises NotFound."""
-        row = self._queries.session(self._tenant, names.session_id(text))
-        if row is None:
-            raise names.no_session(text)
-        return row
-
-    def sampler(self, text: str) -> SamplerRow:
-        """Raises NotFound."""
-        row = self._queries.sampler(self._tenant, text)
-        if row is None:
-            raise names.no_sampler(text)
-        return row
-
-    def _living_session(self, text: str) -> None:
-        if self.session(text).ended_us is not None:
-            raise InvalidRequest(f"The session {text!r} has ended; start another one.")
-
-    def _at_path(self, text: str) -> CheckpointRow:
-        path = names.parse_path(text)
-        row = self._queries.saved(self._tenant, path.model, path.use, path.name)
-        if row is None or not row.is_usable(time.time_ns() // 1000):
-            raise names.no_path(path)
-        return row
-
-    def _require_free(self, path: names.Path, *, overwrite: bool) -> None:
-        row = self._queries.saved(self._tenant, path.model, path.use, path.name)
-        if not overwrite and row is not None and row.is_usable(time.time_ns() // 1000):
-            raise InvalidRequest(f"There is a checkpoint {path} already; give another name, or overwrite=True.")
-
-    # ---- the common path -------------------------------------------------------------------------------------------
-
-    async def _for_model(self, kind: str, model_id: AdapterId, draft: Callable[[ModelInfo], Draft]) -> m.Submitted:
-        recorded, _ = await self.submit(kind, validation.adapter_id(model_id), draft, path_id=model_id)
-        return m.Submitted(request_id=str(recorded.position), model_id=model_id)
-
-    def _require_small(self) -> None:
-        """Of what goes into the log as it is: names and metadata."""
-        if len(self._caller.raw) > MAX_SMALL_BYTES:
-            raise TooLarge(
-                f"This request has {len(self._caller.raw)} bytes; with its metadata it may have {MAX_SMALL_BYTES}.",
-                limit=MAX_SMALL_BYTES,
-            )
-
-    async def _remove(self, adapter: AdapterId) -> None:
-        event = kinds.RemoveLoraRequested()
-        await self._write(
-            msgspec.structs.replace(
-                self._event(event, f"tinker:remove:{adapter}"), stream=f"adapter/{adapter}", adapter=adapter
-            )
-        )
-
-    async def _write(self, event: kinds.NewEvent) -> kinds.Recorded:
-        loop = asyncio.get_running_loop()
-        return (await (await asyncio.to_thread(self._context.store.submit_from, loop, event)))[-1]
-
-    def _event(self, event: kinds.AnyEvent, key: str | None) -> kinds.NewEvent:
-        """One of the tenant's own stream; `key` makes it happen once."""
-        return kinds.NewEvent(
-            event=event,
-            tenant=self._tenant,
-            stream=f"tenant/{self._tenant}",
-            correlation=self._caller.correlation,
-            actor=self._caller.principal.key_id,
-            idempotency_key=key,
-            request_hash=None if key is None else hashlib.sha256(key.encode()).digest(),
-        )
-
-    def _sampler_event(self, made: kinds.SamplerCreated) -> kinds.NewEvent:
-        return self._event(made, f"tinker:{made.sampler}")
-
-    def _adapter_of(self, sampler: SamplerRow, model: ModelInfo) -> tuple[kinds.NewEvent, ...]:
-        """What makes the adapter that holds a sampler's weights, where it is not there yet."""
-        if self._queries.adapter(self._tenant, sampler.id) is not None:
-            return ()
-        assert sampler.checkpoint is not None
-        checkpoint = self._queries.checkpoint(self._tenant, sampler.checkpoint)
-        if checkpoint is None:
-            raise InvalidRequest(f"The weights of {sampler.id} are not saved (yet); wait for save_weights_for_sampler.")
-        if not checkpoint.is_usable(time.time_ns() // 1000):
-            raise InvalidRequest(f"The weights of {sampler.id} were deleted, or have expired.")
-        event = kinds.AddLoraRequested(
-            base_model=model.name, lora=checkpoint.lora, seed=_seed_of(sampler.id), checkpoint=checkpoint.id
-        )
-        made = self._event(event, f"tinker:adapter:{sampler.id}")
-        return (msgspec.structs.replace(made, stream=f"adapter/{sampler.id}", adapter=sampler.id),)
-
-    def _save(
-        self, path: names.Path, seq: int, ttl_s: int | None, user_metadata: dict[str, str] | None
-    ) -> kinds.SaveRequested:
-        return kinds.SaveRequested(
-            checkpoint=names.checkpoint_id(path.model, seq),
-            name=path.name,
-            use=path.use,
-            ttl_s=ttl_s,
-            user_metadata=user_metadata or {},
-        )
-
-    def _request_hash(self, kind: str, path_id: AdapterId | None) -> bytes:
-        return hashlib.sha256(f"{kind}\0{path_id}\0".encode() + self._caller.raw).digest()
-
-
-def _check_base_model(name: str, model: ModelInfo) -> None:
-    if name not in served_names(model):
-        raise InvalidRequest(f"base_model: this server serves {' or '.join(served_names(model))}, not {name!r}.")
-
-
-def _check_optimizer(name: str) -> None:
-    if name != "adamw":
-        raise InvalidRequest(f"optimizer_config: {name!r} is not served; adamw is.")
-
-
-def _check_loadable(checkpoint: CheckpointRow, optimizer: bool) -> None:
-    if optimizer and "optimizer" not in checkpoint.blobs:
-        raise InvalidRequest("This checkpoint has no optimizer state; load it without, or save with save_state.")
-
-
-def _seed_of(id: str) -> int:
-    """Where the caller gives none: the same for a retry."""
-    return int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "little") & _SEED_BITS

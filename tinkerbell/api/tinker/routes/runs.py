@@ -16,8 +16,8 @@ from tinkerbell.api.context import Context
 from tinkerbell.api.paging import Limit, Offset, page
 from tinkerbell.api.tinker import downloads, names, reading
 from tinkerbell.api.tinker import messages as m
+from tinkerbell.api.tinker.base import base_model
 from tinkerbell.api.tinker.dependencies import Submit
-from tinkerbell.api.tinker.submitter import base_model
 from tinkerbell.api.views import rfc3339
 from tinkerbell.errors import InvalidRequest, NotFound
 from tinkerbell.events.queries import Queries

@@ -10,9 +10,9 @@ from litestar.params import FromPath, JSONBody
 from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context
 from tinkerbell.api.tinker import messages as m
+from tinkerbell.api.tinker.base import base_model
 from tinkerbell.api.tinker.dependencies import Submit
 from tinkerbell.api.tinker.reading import path_of
-from tinkerbell.api.tinker.submitter import base_model
 
 
 @post("/create_sampling_session", status_code=200)

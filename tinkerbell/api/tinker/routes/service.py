@@ -12,8 +12,8 @@ from tinkerbell.api.auth import PUBLIC
 from tinkerbell.api.context import Context
 from tinkerbell.api.requests import ApiRequest
 from tinkerbell.api.tinker import messages as m
+from tinkerbell.api.tinker.base import served_names
 from tinkerbell.api.tinker.dependencies import Submit
-from tinkerbell.api.tinker.submitter import served_names
 from tinkerbell.errors import InvalidRequest
 
 OLDEST = (0, 25)

@@ -14,8 +14,8 @@ from tinkerbell.api.context import Context
 from tinkerbell.api.requests import ApiRequest
 from tinkerbell.api.tinker import codec
 from tinkerbell.api.tinker import messages as m
+from tinkerbell.api.tinker.base import base_model
 from tinkerbell.api.tinker.dependencies import Submit
-from tinkerbell.api.tinker.submitter import base_model
 from tinkerbell.errors import InvalidRequest
 
 

@@ -1,0 +1,167 @@
+"""What every submission of the tinker protocol needs: whose things are there, events besides requests, retries."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from tinkerbell.api import validation
+from tinkerbell.api.context import Context
+from tinkerbell.api.submitting import Caller, Draft, Submitting
+from tinkerbell.api.tinker import messages as m
+from tinkerbell.api.tinker import names
+from tinkerbell.errors import InvalidRequest, TooLarge
+from tinkerbell.events import kinds
+from tinkerbell.events.rows import CheckpointRow, SamplerRow, SessionRow
+from tinkerbell.types import (
+    AdapterId,
+    ModelInfo,
+)
+
+MAX_SMALL_BYTES = 65_536
+"""Of a request that carries no data."""
+
+SEED_BITS = (1 << 63) - 1
+
+
+def served_names(model: ModelInfo) -> tuple[str, ...]:
+    """How a client may call the served model: first the name that gives it the tokenizer."""
+    return tuple(dict.fromkeys(name for name in (model.tokenizer, model.name) if name))
+
+
+def base_model(model: ModelInfo) -> str:
+    """What clients are told: `AutoTokenizer.from_pretrained` takes it."""
+    return served_names(model)[0]
+
+
+class TinkerSubmitting(Submitting):
+    """Submits one caller's request, known by what the SDK numbers it with."""
+
+    def __init__(self, context: Context, caller: Caller) -> None:
+        super().__init__(context, caller)
+        self._queries = context.store.queries
+
+    # ---- what is there ---------------------------------------------------------------------------------------------
+
+    def session(self, text: str) -> SessionRow:
+        """Raises NotFound."""
+        row = self._queries.session(self._tenant, names.session_id(text))
+        if row is None:
+            raise names.no_session(text)
+        return row
+
+    def sampler(self, text: str) -> SamplerRow:
+        """Raises NotFound."""
+        row = self._queries.sampler(self._tenant, text)
+        if row is None:
+            raise names.no_sampler(text)
+        return row
+
+    def _living_session(self, text: str) -> None:
+        if self.session(text).ended_us is not None:
+            raise InvalidRequest(f"The session {text!r} has ended; start another one.")
+
+    def _at_path(self, text: str) -> CheckpointRow:
+        path = names.parse_path(text)
+        row = self._queries.saved(self._tenant, path.model, path.use, path.name)
+        if row is None or not row.is_usable(time.time_ns() // 1000):
+            raise names.no_path(path)
+        return row
+
+    def _require_free(self, path: names.Path, *, overwrite: bool) -> None:
+        row = self._queries.saved(self._tenant, path.model, path.use, path.name)
+        if not overwrite and row is not None and row.is_usable(time.time_ns() // 1000):
+            raise InvalidRequest(f"There is a checkpoint {path} already; give another name, or overwrite=True.")
+
+    # ---- the common path -------------------------------------------------------------------------------------------
+
+    async def _for_model(self, kind: str, model_id: AdapterId, draft: Callable[[ModelInfo], Draft]) -> m.Submitted:
+        recorded, _ = await self.submit(kind, validation.adapter_id(model_id), draft, path_id=model_id)
+        return m.Submitted(request_id=str(recorded.position), model_id=model_id)
+
+    def _require_small(self) -> None:
+        """Of what goes into the log as it is: names and metadata."""
+        if len(self._caller.raw) > MAX_SMALL_BYTES:
+            raise TooLarge(
+                f"This request has {len(self._caller.raw)} bytes; with its metadata it may have {MAX_SMALL_BYTES}.",
+                limit=MAX_SMALL_BYTES,
+            )
+
+    async def _remove(self, adapter: AdapterId) -> None:
+        event = kinds.RemoveLoraRequested()
+        await self._write(
+            msgspec.structs.replace(
+                self._event(event, f"tinker:remove:{adapter}"), stream=f"adapter/{adapter}", adapter=adapter
+            )
+        )
+
+    async def _write(self, event: kinds.NewEvent) -> kinds.Recorded:
+        loop = asyncio.get_running_loop()
+        return (await (await asyncio.to_thread(self._context.store.submit_from, loop, event)))[-1]
+
+    def _event(self, event: kinds.AnyEvent, key: str | None) -> kinds.NewEvent:
+        """One of the tenant's own stream; `key` makes it happen once."""
+        return kinds.NewEvent(
+            event=event,
+            tenant=self._tenant,
+            stream=f"tenant/{self._tenant}",
+            correlation=self._caller.correlation,
+            actor=self._caller.principal.key_id,
+            idempotency_key=key,
+            request_hash=None if key is None else hashlib.sha256(key.encode()).digest(),
+        )
+
+    def _sampler_event(self, made: kinds.SamplerCreated) -> kinds.NewEvent:
+        return self._event(made, f"tinker:{made.sampler}")
+
+    def _adapter_of(self, sampler: SamplerRow, model: ModelInfo) -> tuple[kinds.NewEvent, ...]:
+        """What makes the adapter that holds a sampler's weights, where it is not there yet."""
+        if self._queries.adapter(self._tenant, sampler.id) is not None:
+            return ()
+        assert sampler.checkpoint is not None
+        checkpoint = self._queries.checkpoint(self._tenant, sampler.checkpoint)
+        if checkpoint is None:
+            raise InvalidRequest(f"The weights of {sampler.id} are not saved (yet); wait for save_weights_for_sampler.")
+        if not checkpoint.is_usable(time.time_ns() // 1000):
+            raise InvalidRequest(f"The weights of {sampler.id} were deleted, or have expired.")
+        event = kinds.AddLoraRequested(
+            base_model=model.name, lora=checkpoint.lora, seed=seed_of(sampler.id), checkpoint=checkpoint.id
+        )
+        made = self._event(event, f"tinker:adapter:{sampler.id}")
+        return (msgspec.structs.replace(made, stream=f"adapter/{sampler.id}", adapter=sampler.id),)
+
+    def _save(
+        self, path: names.Path, seq: int, ttl_s: int | None, user_metadata: dict[str, str] | None
+    ) -> kinds.SaveRequested:
+        return kinds.SaveRequested(
+            checkpoint=names.checkpoint_id(path.model, seq),
+            name=path.name,
+            use=path.use,
+            ttl_s=ttl_s,
+            user_metadata=user_metadata or {},
+        )
+
+    def _request_hash(self, kind: str, path_id: AdapterId | None) -> bytes:
+        return hashlib.sha256(f"{kind}\0{path_id}\0".encode() + self._caller.raw).digest()
+
+
+def check_base_model(name: str, model: ModelInfo) -> None:
+    if name not in served_names(model):
+        raise InvalidRequest(f"base_model: this server serves {' or '.join(served_names(model))}, not {name!r}.")
+
+
+def check_optimizer(name: str) -> None:
+    if name != "adamw":
+        raise InvalidRequest(f"optimizer_config: {name!r} is not served; adamw is.")
+
+
+def check_loadable(checkpoint: CheckpointRow, optimizer: bool) -> None:
+    if optimizer and "optimizer" not in checkpoint.blobs:
+        raise InvalidRequest("This checkpoint has no optimizer state; load it without, or save with save_state.")
+
+
+def seed_of(id: str) -> int:
+    """Where the caller gives none: the same for a retry."""
+    return int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "little") & SEED_BITS
