@@ -285,7 +285,7 @@ def test_every_built_in_loss_runs(driver: Driver) -> None:
 
 
 def test_policy_losses_are_their_formulas(driver: Driver) -> None:
-    """importance_sampling and ppo recomputed from the logprobs the executor itself reports."""
+    """Recomputed from the logprobs the executor itself reports; neighbours that come before add nothing to it."""
     name = driver.trained()
     tokens, advantages, weights = [3, 1, 4, 1, 5], [1.0, -2.0, 0.5, -0.25], [1.0, 0.5, 2.0, 1.0]
     (plain,) = driver.done(driver.forward_backward(name, [datum(tokens)], backward=False))
@@ -293,13 +293,27 @@ def test_policy_losses_are_their_formulas(driver: Driver) -> None:
     now = read_floats(plain.logprobs[0])
     old = read_floats(floats([x + shift for x, shift in zip(now, [0.5, -0.5, -0.1, 0.1], strict=True)]))
     ratios = [math.exp(a - b) for a, b in zip(now, old, strict=True)]
-    data = [datum(tokens, logprobs=old, advantages=advantages, weights=weights)]
+    mask = [1.0, 0.0, 1.0, 1.0]
     rows = list(zip(ratios, advantages, weights, strict=True))
+    moved = list(zip(now, old, advantages, weights, strict=True))
+    sequence_ratio = math.prod(r for r, m in zip(ratios, mask, strict=True) if m) ** (1 / sum(mask))
+    bounded = min(max(sequence_ratio, 1 - 3e-4), 1 + 4e-4)
+    answered = [(a, w) for a, w, m in zip(advantages, weights, mask, strict=True) if m]
     expected = {
         "importance_sampling": -sum(w * r * a for r, a, w in rows),
         "ppo": -sum(w * min(r * a, min(max(r, 0.8), 1.2) * a) for r, a, w in rows),
+        "cispo": -sum(w * min(math.exp(p - q), 4.0) * p * a for p, q, a, w in moved),
+        "dro": -sum(w * (p * a - 0.05 / 2 * (p - q) ** 2) for p, q, a, w in moved),
+        "gspo": -sum(w * min(sequence_ratio * a, bounded * a) for a, w in answered),
     }
     for loss, value in expected.items():
+        inputs = {"logprobs": old, "advantages": advantages, "weights": weights}
+        unweighted = {"logprobs": [0.0, 0.0], "advantages": [9.0, 9.0], "weights": [0.0, 0.0]}
+        data = [datum([7, 8, 9], **unweighted), datum(tokens, **inputs)]
+        if loss == "gspo":
+            unanswered = unweighted | {"weights": [1.0, 1.0], "sequence_ratio_mask": [0.0, 0.0]}
+            unweighted["sequence_ratio_mask"], inputs["sequence_ratio_mask"] = [1.0, 1.0], mask
+            data = [datum([7, 8, 9], **each) for each in (unanswered, unweighted)] + [datum(tokens, **inputs)]
         (done,) = driver.done(driver.forward_backward(name, data, LossSpec(name=loss)))
         assert isinstance(done, ForwardBackwardDone)
         assert done.loss == pytest.approx(value, rel=1e-4)
