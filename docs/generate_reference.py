@@ -183,6 +183,34 @@ def answer_type(answer: dict[str, Any]) -> str:
     return "no body"
 
 
+def losses_page() -> Iterator[str]:
+    """Every built-in loss with its formula, inputs and settings."""
+    from tinkerbell.losses.registry import functions
+    from tinkerbell.types import BUILTIN_LOSSES
+
+    yield "# Losses\n"
+    yield (
+        one_line("""`loss` of a forward or forward_backward, by name, with its settings in `config`. At token t: log p_t
+        is the logprob of the target under the weights that are trained, log q_t the input `logprobs` (of the policy
+        that sampled), r_t = p_t / q_t, A_t the input `advantages`, w_t the input `weights`, 1 where not given. Each
+        input has one number for each token of its datum. Losses are sums over tokens, never means. Metrics are sums,
+        too: `num_tokens` counts, the others divided by `weight_sum` are weighted means. A sequence is a datum; none is
+        ever cut.""")
+        + "\n"
+    )
+    for name, function in functions().items():
+        signature = BUILTIN_LOSSES[name]
+        yield f"## `{name}`\n"
+        for paragraph in inspect.cleandoc(function.__doc__ or "").split("\n\n"):
+            yield one_line(paragraph) + "\n"
+        inputs = [*signature.required, *signature.optional]
+        rows = [(f"`{key}`", "yes" if key in signature.required else "no") for key in inputs]
+        yield from table(("input", "required"), rows)
+        if signature.config:
+            rows = [(f"`{key}`", f"`{default}`") for key, default in signature.config.items()]
+            yield from table(("setting", "default"), rows)
+
+
 def cli_page() -> Iterator[str]:
     """Every command with its options."""
     from tinkerbell.cli.main import cli
@@ -222,6 +250,7 @@ PAGES: dict[str, Callable[[], Iterator[str]]] = {
     "events.md": events_page,
     "views.md": views_page,
     "routes.md": routes_page,
+    "losses.md": losses_page,
     "cli.md": cli_page,
 }
 

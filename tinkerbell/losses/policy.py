@@ -82,6 +82,7 @@ def gspo(
     mean of r_t over its tokens with m_t.
 
     `sequence_ratio_mask` [N] is m_t, 1 for a token of the answer and 0 for others; a sequence without any adds nothing.
+    The paper has one term for a sequence: that is w_t = 1 / sum_t m_t. `weights` do not enter s.
     Source: Zheng et al. 2025, Group Sequence Policy Optimization, arXiv 2507.18071, equations 5 and 7.
     """
     mask = inputs["sequence_ratio_mask"]
