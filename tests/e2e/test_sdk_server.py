@@ -321,12 +321,16 @@ def test_bodies_are_what_the_server_takes(client: Client) -> None:
     adapter = client.add_lora(rank=2)
     text = from_text(ByteTokenizer(), "ab", "c")
     on_policy = policy([1, 2], [3], [-1.0], 0.5)
+    of_a_sequence = policy([1, 2], [3], [-1.0], 0.5, sequence_ratio=True)
     futures = [
         adapter.forward([text]),
         adapter.forward([on_policy], loss="importance_sampling"),
         adapter.forward([on_policy], loss="ppo", config={"clip_low_threshold": 0.9, "clip_high_threshold": 1.1}),
+        adapter.forward([on_policy], loss="cispo"),
+        adapter.forward([on_policy], loss="dro", config={"beta": 0.1}),
+        adapter.forward([of_a_sequence], loss="gspo"),
     ]
-    assert [result.num_tokens for result in client.gather(*futures)] == [3, 2, 2]
+    assert [result.num_tokens for result in client.gather(*futures)] == [3, 2, 2, 2, 2, 2]
 
 
 def _free_port() -> int:

@@ -142,6 +142,8 @@ def test_a_sample_becomes_its_policy_datum() -> None:
         "advantages": [0.0, 0.0, 2.0, 2.0],
     }
     assert policy([5], [8, 9], [0, 0], [1, -1]).loss_inputs["advantages"] == [1.0, -1.0]
+    whole = policy([5, 6, 7], [8, 9], [-0.5, -0.25], 2.0, sequence_ratio=True)
+    assert whole.loss_inputs == datum.loss_inputs | {"sequence_ratio_mask": [0.0, 0.0, 1.0, 1.0]}
 
 
 def test_numbers_of_a_sample_must_be_as_many_as_its_tokens() -> None:

@@ -98,10 +98,13 @@ def policy(
     sampled: Sequence[int],
     logprobs: Sequence[float],
     advantage: float | Sequence[float],
+    *,
+    sequence_ratio: bool = False,
 ) -> wire.DatumBody:
-    """A datum for importance_sampling or ppo from one sample of M tokens; N = len(prompt) + M - 1.
+    """A datum for importance_sampling, ppo, cispo or dro from one sample of M tokens; N = len(prompt) + M - 1.
 
     `logprobs` [M] are those the sampler gave, in nats; `advantage` is one number for all of them, or [M].
+    `sequence_ratio`: for gspo, whose mask of the tokens that make its ratio is then 1 at all sampled ones.
     """
     if not prompt or not sampled:
         raise InvalidRequest("prompt and sample need at least one token each")
@@ -111,11 +114,14 @@ def policy(
             f"{len(sampled)} sampled tokens, but {len(logprobs)} logprobs and {len(advantages)} advantages"
         )
     nothing = [0.0] * len(prompt)
+    is_sampled = nothing + [1.0] * len(sampled)
+    mask = {"sequence_ratio_mask": is_sampled} if sequence_ratio else {}
     return _datum(
         [*prompt, *sampled],
-        weights=nothing + [1.0] * len(sampled),
+        weights=is_sampled,
         logprobs=nothing + list(logprobs),
         advantages=nothing + advantages,
+        **mask,
     )
 
 
