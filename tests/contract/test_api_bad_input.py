@@ -276,14 +276,14 @@ def test_distributions_of_a_sample_that_cannot_be(api: ApiDriver, asked: dict[st
 
 def test_too_many_bytes_of_a_samples_distributions(settings: Settings, sqlite_store: EventStore) -> None:
     record_environment(sqlite_store)
-    small = msgspec.structs.replace(settings, limits=Limits(max_output_bytes=200))
+    small = msgspec.structs.replace(settings, limits=Limits(max_output_bytes=192))
     with ApiDriver(small, sqlite_store) as api:
         path = f"/v1/adapters/{api.adapter()}/sample"
         before = sqlite_store.head()
         params = {"max_tokens": 4, "num_samples": 2, "top_logprobs": 2, "prompt_top_logprobs": 3}
         body = {"prompt": [1, 2, 3], "params": params, "prompt_targets": [[1, 2]] * 3}
         refused = problem(api.post(path, json=body), 413, "too-large")
-        assert (refused["num_bytes"], refused["limit"]) == (2 * 4 * 2 * 8 + 2 * 3 * 8 + 3 * 2 * 4, 200)
+        assert (refused["num_bytes"], refused["limit"]) == (2 * 4 * 2 * 8 + 2 * 3 * 8 + 3 * 2 * 4, 192)
         assert sqlite_store.head() == before
         api.submit(path, json=body | {"prompt_targets": [[1]] * 3})
 

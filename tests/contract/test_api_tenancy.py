@@ -81,6 +81,7 @@ class World:
             "params": {"max_tokens": 1},
         }
         optional = {"base_model", "lora", "seed", "name", "with_optimizer", "loss", "seq", "adam", "wait_s", "outputs"}
+        optional |= {"prompt_targets"}
         unknown = set(fields) - set(known) - optional
         assert not unknown, f"{operation['operationId']}: teach this test what {unknown} may hold"
         return {name: value for name, value in known.items() if name in fields}
