@@ -198,6 +198,29 @@ def test_forged_outputs_are_named(copied: Settings) -> None:
     assert (found.what, found.position) == ("outputs", at["position"])
 
 
+@pytest.mark.parametrize("forged", ["prompt_logprobs", "prompt_scores", "sequences"])
+def test_forged_distributions_of_a_sample_are_named(copied: Settings, forged: str) -> None:
+    """Of the prompt and of a sampled token; tokens and their own logprobs stay as they were."""
+    at = row(copied, "sample.completed", 0)
+    body = codec.decode_body(at["type"], at["body_codec"], decrypted(copied, at["body"]))
+    assert isinstance(body, kinds.SamplesBody) and body.prompt_scores is not None
+    first, scores = body.sequences[0], body.prompt_scores
+    assert body.prompt_logprobs and first.top_logprobs and scores.target_logprobs
+    others = {
+        "prompt_logprobs": flipped(body.prompt_logprobs, 0),
+        "prompt_scores": msgspec.structs.replace(scores, target_logprobs=flipped(scores.target_logprobs, 8)),
+        "sequences": [
+            msgspec.structs.replace(first, top_logprobs=flipped(first.top_logprobs, 0)),
+            *body.sequences[1:],
+        ],
+    }
+    stored, codec_name, length = codec.encode_body(msgspec.structs.replace(body, **{forged: others[forged]}))
+    digest = hashlib.sha256(stored).digest()
+    forge(copied, at["position"], body=stored, body_codec=codec_name, body_hash=digest, body_len=length)
+    (found,) = verified(copied, samples=True).findings
+    assert (found.what, found.position) == ("sample", at["position"])
+
+
 @pytest.mark.postgres
 def test_the_same_on_postgres(postgres_url: str, settings: Settings) -> None:
     on_postgres = msgspec.structs.replace(runs.run_settings(settings), database_url=postgres_url)

@@ -17,6 +17,7 @@ What = Literal[
     "loss",
     "metrics",
     "logprobs",
+    "outputs",
     "gradient",
     "grad_norm",
     "weights",
