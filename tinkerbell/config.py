@@ -26,7 +26,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_request_tokens: Count = 1_000_000
     """In one request."""
     max_output_bytes: Count = 16 * 1024 * 1024
-    """Of the arrays one forward may ask for in `outputs`; logits take 4 bytes for each token and vocabulary entry."""
+    """Of the arrays one forward may ask for in `outputs`; logits take 4 bytes for each token and vocabulary entry. And
+    of the logprobs of a request with several targets for each token."""
     max_body_bytes: Count = 48 * 1024 * 1024
 
 

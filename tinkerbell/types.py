@@ -138,10 +138,12 @@ class LossSignature(msgspec.Struct, frozen=True, kw_only=True):
     optional: tuple[str, ...] = ("weights",)
     config: dict[str, float] = {}
     """Settings with their defaults."""
+    several_targets: bool = False
+    """Whether a token may have more than one target."""
 
 
 BUILTIN_LOSSES: dict[str, LossSignature] = {
-    "cross_entropy": LossSignature(),
+    "cross_entropy": LossSignature(several_targets=True),
     "importance_sampling": LossSignature(required=("logprobs", "advantages")),
     "ppo": LossSignature(
         required=("logprobs", "advantages"), config={"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
@@ -157,6 +159,9 @@ BUILTIN_LOSSES: dict[str, LossSignature] = {
 }
 """Signatures of the losses in `tinkerbell/losses`; a test keeps the two in step. Formulas are there."""
 
+MAX_TARGETS = 1024
+"""Most targets of one token."""
+
 
 class Datum(msgspec.Struct, frozen=True, array_like=True):
     """One sequence to train on. Targets are given, never shifted by the server: logprob t is that of
@@ -168,9 +173,10 @@ class Datum(msgspec.Struct, frozen=True, array_like=True):
     tokens: bytes
     """[N] int32 model input."""
     targets: bytes
-    """[N] int32 target of each position."""
+    """[N, K] int32, K targets of each position; K is 1 but for losses that take several, and the same for all data of
+    a request."""
     loss_inputs: dict[str, bytes]
-    """Name -> [N] float32, as the loss's signature says (weights, logprobs, advantages, ...)."""
+    """Name -> [N, K] float32, as the loss's signature says (weights, logprobs, advantages, ...)."""
 
     @property
     def num_tokens(self) -> int:

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from tinkerbell.types import AdamParams, Category, LoraConfig, LossSpec, Name, OutputSpec, SamplingParams
+from tinkerbell.types import MAX_TARGETS, AdamParams, Category, LoraConfig, LossSpec, Name, OutputSpec, SamplingParams
 
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 Tokens = Annotated[list[TokenId], Meta(min_length=1)]
-Targets = Annotated[list[Annotated[int, Meta(ge=-1, lt=2**31)]], Meta(min_length=1, max_length=1024)]
+Targets = Annotated[list[Annotated[int, Meta(ge=-1, lt=2**31)]], Meta(min_length=1, max_length=MAX_TARGETS)]
 Seq = Annotated[int, Meta(ge=0)] | None
 """Optional check: refuse unless this is the adapter's next sequence number (409 otherwise)."""
 
@@ -21,14 +21,14 @@ class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class DatumBody(Body, frozen=True, kw_only=True):
-    """One sequence. All lists have the same length N."""
+    """One sequence of N tokens with K targets for each, K being `num_targets` of the request."""
 
     tokens: Tokens
     """[N] model input."""
     targets: Tokens
-    """[N] the token to predict after each input token; nothing is shifted by the server."""
+    """[N, K] the tokens to predict after each input token, row after row; nothing is shifted by the server."""
     loss_inputs: dict[str, list[float]] = {}
-    """Name -> [N] numbers, as the loss needs: weights, logprobs, advantages."""
+    """Name -> [N, K] numbers, as the loss needs: weights, logprobs, advantages."""
 
 
 class AddLora(Body, frozen=True, kw_only=True):
@@ -52,6 +52,8 @@ class ForwardBackward(Body, frozen=True, kw_only=True):
 
     data: Annotated[list[DatumBody], Meta(min_length=1)]
     loss: LossSpec = msgspec.field(default_factory=LossSpec)
+    num_targets: Annotated[int, Meta(ge=1, le=MAX_TARGETS)] = 1
+    """K: how many targets each token has, weighted by `weights`; more than one with cross_entropy only."""
     seq: Seq = None
 
 
@@ -171,8 +173,10 @@ class ForwardBackwardResult(msgspec.Struct, frozen=True, kw_only=True, tag="forw
     """Sum over tokens."""
     metrics: dict[str, float]
     logprobs: list[list[float]]
-    """For each datum [N] nats."""
+    """For each datum [N, K] nats, row after row."""
     num_tokens: int
+    num_targets: int = 1
+    """K."""
     outputs: list[OutputsBody] | None = None
     """For each datum, where a forward asked for them."""
 

@@ -205,6 +205,39 @@ def test_answers_have_one_logprob_for_each_token(driver: Driver) -> None:
     assert done.metrics["num_tokens"] == sum(lengths)
 
 
+def trained_on(driver: Driver, name: str, *requests: Datum) -> tuple[list[list[float]], float, float]:
+    """(logprobs, summed loss, norm of the summed gradient)"""
+    answers = driver.done(*(driver.forward_backward(name, [each]) for each in requests), driver.optim_step(name))
+    done = [answer for answer in answers if isinstance(answer, ForwardBackwardDone)]
+    assert isinstance(answers[-1], OptimStepDone)
+    logprobs = [read_floats(each.logprobs[0]) for each in done]
+    return logprobs, sum(each.loss for each in done), answers[-1].grad_norm
+
+
+def test_several_targets_of_a_token_are_as_many_requests_of_one(driver: Driver) -> None:
+    tokens = [3, 1, 4]
+    columns = [[1, 4, 1], [7, 7, 7], [1, 0, 1]]
+    weights = [[0.5, -1.0, 2.0], [0.25, 0.0, 1.0], [0.5, 3.0, 0.0]]
+    ones = [Datum(ints(tokens), ints(y), {"weights": floats(w)}) for y, w in zip(columns, weights, strict=True)]
+    by_row = [[each for row in zip(*table, strict=True) for each in row] for table in (columns, weights)]
+    together = Datum(ints(tokens), ints(by_row[0]), {"weights": floats(by_row[1])})
+    expected, loss, norm = trained_on(driver, driver.trained(), *ones)
+    (found,), loss_together, norm_together = trained_on(driver, driver.trained(), together)
+    assert found == pytest.approx([each for row in zip(*expected, strict=True) for each in row], abs=1e-6)
+    assert loss_together == pytest.approx(loss, rel=1e-5)
+    assert norm_together == pytest.approx(norm, rel=1e-5)
+
+
+def test_what_several_targets_cannot_be(driver: Driver) -> None:
+    name, two = driver.adapter(), Datum(ints([3, 1]), ints([1, 2, 3, 4]), {})
+    driver.refused(driver.forward_backward(name, [two, datum([1, 2, 3])]))
+    driver.refused(driver.forward_backward(name, [Datum(ints([3, 1]), ints([1, 2, 3]), {})]))
+    driver.refused(driver.forward_backward(name, [Datum(ints([3, 1]), b"", {})]))
+    driver.refused(driver.forward_backward(name, [Datum(ints([3, 1]), two.targets, {"weights": floats([1.0, 1.0])})]))
+    inputs = dict.fromkeys(("logprobs", "advantages"), floats([0.0] * 4))
+    driver.refused(driver.forward_backward(name, [Datum(ints([3, 1]), two.targets, inputs)], LossSpec(name="ppo")))
+
+
 def outputs_of(driver: Driver, name: str, data: list[Datum], spec: OutputSpec) -> tuple[UnitResult, list[DatumOutputs]]:
     unit = msgspec.structs.replace(driver.forward_backward(name, data, backward=False), outputs=spec)
     (answer,) = driver.done(unit)

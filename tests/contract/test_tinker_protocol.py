@@ -303,7 +303,7 @@ def csr(values: list[float], rows: list[int], columns: list[int], shape: list[in
 @pytest.mark.parametrize(
     ("weights", "detail"),
     [
-        (dense([1.0, 2.0], [2]), r"weights has the shape [2] for 3 tokens"),
+        (dense([1.0, 2.0], [2]), "weights has the shape [2]; for 3 tokens it is [3]"),
         (dense([1.0, 2.0], [3]), "2 numbers for the shape [3]"),
         (dense([1.0, float("nan"), 1.0], [3]), "weights[1] is nan"),
         (pb.Tensor(dense=b"12345", dtype=pb.DTYPE_FLOAT32, shape=[3]), "no whole numbers"),
@@ -314,7 +314,7 @@ def csr(values: list[float], rows: list[int], columns: list[int], shape: list[in
         (csr([1.0], [0, 2, 1, 1], [0], [3, 1]), "no CSR"),
         (csr([1.0], [0, 1], [0], [3, 1]), "no CSR"),
         (csr([], [], [], [3, 1]), "no CSR"),
-        (dense([1.0] * 6, [3, 2]), "Several targets"),
+        (dense([1.0] * 6, [3, 2]), "weights has the shape [3, 2]; for 3 tokens it is [3]"),
     ],
 )
 def test_bad_tensors_are_named(tinker: Tinker, weights: Any, detail: str) -> None:
@@ -331,6 +331,47 @@ def test_a_column_may_be_sparse(tinker: Tinker) -> None:
     body = tinker.api.store.body(event)
     assert isinstance(body, kinds.ForwardBackwardBody)
     assert struct.unpack("<3f", body.data[0].loss_inputs["weights"]) == (0.5, 0.0, 2.0)
+
+
+def test_a_token_may_have_several_targets(tinker: Tinker) -> None:
+    """Sparse or dense; absent cells are token 0 with weight 0. The answer has the shape of the targets."""
+    model = tinker.model()
+    targets = csr([7.0, 8.0, 9.0], [0, 1, 1, 3], [0, 0, 1], [3, 2])
+    targets.sparse_csr.values, targets.dtype = struct.pack("<3q", 7, 8, 9), pb.DTYPE_INT64
+    weights = dense([1.0, 0.0, 0.0, 0.0, 0.5, 0.25], [3, 2])
+    request_id = tinker.forward_backward(model, 1, target_tokens=targets, weights=weights).json()["request_id"]
+    event = tinker.api.store.get(int(request_id))
+    assert event is not None and isinstance(event.event, kinds.ForwardBackwardRequested)
+    assert event.event.num_targets == 2
+    body = tinker.api.store.body(event)
+    assert isinstance(body, kinds.ForwardBackwardBody)
+    assert struct.unpack("<6i", body.data[0].targets) == (7, 0, 0, 0, 8, 9)
+    answer(tinker.api.store, int(request_id))
+    found = tinker.call("POST", "retrieve_future", json={"request_id": request_id})
+    output = pb.ForwardBackwardOutput()
+    output.ParseFromString(found.content)
+    logprobs = output.loss_fn_outputs[0].fields["logprobs"]
+    assert list(logprobs.trailing_shape) == [2]
+    assert len(logprobs.data) == 4 * 6 and struct.unpack("<2q", logprobs.offsets) == (0, 24)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "detail"),
+    [
+        ({"weights": dense([1.0] * 3, [3])}, "weights has the shape [3]; for 3 tokens it is [3, 2], since data[0]"),
+        (
+            {"loss": "ppo", "logprobs": dense([1.0] * 6, [3, 2]), "advantages": dense([1.0] * 6, [3, 2])},
+            "ppo takes one",
+        ),
+        ({"target_tokens": dense([1] * 3, [3, 0], pb.DTYPE_INT64)}, "K is 1 to 1024"),
+        ({"target_tokens": dense([1] * 3, [3, 10**9], pb.DTYPE_INT64)}, "K is 1 to 1024"),
+        ({"target_tokens": dense([1] * 3, [2, 2], pb.DTYPE_INT64)}, "target_tokens has the shape [2, 2]"),
+    ],
+)
+def test_bad_targets_are_named(tinker: Tinker, inputs: dict[str, Any], detail: str) -> None:
+    wide = {"target_tokens": dense([1] * 6, [3, 2], pb.DTYPE_INT64)}
+    found = tinker.forward_backward(tinker.model(), 1, **(wide | inputs))
+    assert found.status_code == 400 and detail in found.json()["detail"], found.text
 
 
 @pytest.mark.parametrize(

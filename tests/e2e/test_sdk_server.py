@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support.server import fake_server
+from tinkerbell import wire
 from tinkerbell.cli.keys import create_key
 from tinkerbell.config import Settings
 from tinkerbell.demo.byte_tokenizer import ByteTokenizer
@@ -64,6 +65,24 @@ def test_outputs_of_a_forward(client: Client) -> None:
             assert outputs.top_tokens[t] == sorted(range(256), key=lambda v: (-row[v], v))[:3]
             assert outputs.top_logprobs[t] == pytest.approx([row[v] - lse for v in outputs.top_tokens[t]], abs=1e-5)
     assert client.future(asked.id).result() == result
+
+
+def test_several_targets_of_a_token(client: Client) -> None:
+    adapter = client.add_lora(rank=4, alpha=8, targets=["q_proj"], seed=3)
+    weights = [0.75, 0.25, 1.0, 0.0, 0.5, 0.5]
+    data = [wire.DatumBody(tokens=[1, 2, 3], targets=[2, 9, 3, 8, 4, 4], loss_inputs={"weights": weights})]
+    outputs = adapter.forward(data, num_targets=2, logits=True, logsumexp=True).result()
+    result = adapter.forward_backward(data, num_targets=2).result()
+    assert (result.num_tokens, result.num_targets) == (3, 2) and result.logprobs == outputs.logprobs
+    (found,) = outputs.outputs or []
+    assert found.logits is not None and found.logsumexp is not None
+    rows = found.logits.rows()
+    for i, (target, logprob) in enumerate(zip(data[0].targets, result.logprobs[0], strict=True)):
+        assert rows[i // 2, target] - found.logsumexp[i // 2] == pytest.approx(logprob, abs=1e-5)
+    assert result.loss == pytest.approx(-sum(w * p for w, p in zip(weights, result.logprobs[0], strict=True)))
+    assert adapter.optim_step().result().step == 1
+    with pytest.raises(InvalidRequest, match="3 tokens and 6 targets; it must have as many times 3"):
+        adapter.forward_backward(data, num_targets=3)
 
 
 def test_distributions_of_a_sample(client: Client) -> None:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.executor_driver import ADAM
-from tests.support.hf_training import Bench, random_data
+from tests.support.hf_training import Bench, random_data, soft_data
 from tests.support.tiny_model import write_tiny_model
 from tinkerbell.executors.hf import model as hf_model
 from tinkerbell.types import LoraConfig, LossSpec
@@ -18,6 +18,7 @@ from tinkerbell.types import LoraConfig, LossSpec
 STEPS = 3
 LOSSES = {
     "cross_entropy": ("weights",),
+    "soft": ("weights",),
     "importance_sampling": ("logprobs", "advantages"),
     "ppo": ("logprobs", "advantages"),
     "cispo": ("logprobs", "advantages"),
@@ -36,6 +37,10 @@ class Tenant:
     seed: int
     requests: tuple[tuple[int, ...], ...]
     """For each request of a step the lengths of its data."""
+
+    @property
+    def spec(self) -> LossSpec:
+        return LossSpec(name="cross_entropy" if self.loss == "soft" else self.loss)
 
 
 lengths = st.lists(st.integers(1, 70), min_size=1, max_size=3).map(tuple)
@@ -65,6 +70,9 @@ def work(tenant: Tenant, step: int, vocab_size: int) -> list[list[Any]]:
     """The data of each request of a step, with what its loss reads."""
     found = []
     for number, each in enumerate(tenant.requests):
+        if tenant.loss == "soft":
+            found.append(soft_data(1000 * tenant.seed + 10 * step + number, each, vocab_size, 2 + tenant.seed % 7))
+            continue
         data = random_data(1000 * tenant.seed + 10 * step + number, each, vocab_size, weights=False)
         for datum in data:
             draw = torch.Generator().manual_seed(tenant.seed + datum.num_tokens)
@@ -87,7 +95,7 @@ def run(
         passes: list[list[tuple[str, Any]]] = [[], []]
         for name, tenant in company.items():
             for data in work(tenant, step, model.info.vocab_size):
-                unit = bench.unit(name, data, LossSpec(name=tenant.loss))
+                unit = bench.unit(name, data, tenant.spec)
                 passes[name in late].append((name, unit))
         for together in passes:
             answers = bench.train(*(unit for _, unit in together))

@@ -136,11 +136,14 @@ def _success(store: EventStore, request: Recorded) -> tuple[kinds.AnyResult, kin
             cls = (
                 kinds.ForwardCompleted if isinstance(event, kinds.ForwardRequested) else kinds.ForwardBackwardCompleted
             )
-            logprobs = [floats(datum.num_tokens) for datum in data.data]
+            logprobs = [floats(len(datum.targets) // 4) for datum in data.data]
             body = kinds.LogprobsBody(logprobs)
             if isinstance(event, kinds.ForwardRequested):
                 body = kinds.OutputsBody(logprobs, _outputs(event, data))
-            return cls(loss=1.5, metrics={"m": 2.0}, num_tokens=event.num_tokens, cost_us=7), body, {}
+            done = cls(
+                loss=1.5, metrics={"m": 2.0}, num_tokens=event.num_tokens, num_targets=event.num_targets, cost_us=7
+            )
+            return done, body, {}
         case kinds.OptimStepRequested():
             return kinds.OptimStepCompleted(step=1, grad_norm=0.5, state_digest=digest, cost_us=3), None, {}
         case kinds.SampleRequested():

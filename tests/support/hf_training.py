@@ -29,6 +29,20 @@ def sequence(tokens: Sequence[int], **loss_inputs: Sequence[float]) -> Datum:
     return Datum(ints(tokens[:-1]), ints(tokens[1:]), {name: floats(v) for name, v in loss_inputs.items()})
 
 
+def soft_data(seed: int, lengths: Sequence[int], vocab_size: int, num_targets: int) -> list[Datum]:
+    """Random tokens with several targets each, some of them the same, weighted anyhow."""
+    rng = np.random.default_rng(seed)
+    shape = {length: (length, num_targets) for length in lengths}
+    return [
+        Datum(
+            ints(rng.integers(0, vocab_size, length).tolist()),
+            ints(rng.integers(0, vocab_size, shape[length]).ravel().tolist()),
+            {"weights": floats(rng.normal(0, 1, shape[length]).ravel().tolist())},
+        )
+        for length in lengths
+    ]
+
+
 def random_data(seed: int, lengths: Sequence[int], vocab_size: int, *, weights: bool = True) -> list[Datum]:
     """Random tokens; the first third of each sequence has weight 0."""
     rng = np.random.default_rng(seed)

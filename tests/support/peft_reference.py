@@ -48,11 +48,11 @@ class Reference:
         )  # fmt: skip
 
     def forward(self, datum: Datum) -> torch.Tensor:
-        """[N] logprobs of the targets."""
+        """[N K] logprobs of the targets."""
         tokens = torch.from_numpy(np.frombuffer(datum.tokens, "<i4").astype("int64"))
         targets = torch.from_numpy(np.frombuffer(datum.targets, "<i4").astype("int64"))
         logits = self.model(input_ids=tokens[None], use_cache=False).logits[0]
-        return torch.log_softmax(logits, -1).gather(-1, targets[:, None]).squeeze(-1)
+        return torch.log_softmax(logits, -1).gather(-1, targets.view(len(tokens), -1)).flatten()
 
     def forward_backward(self, data: list[Datum], loss_of: LossOf | None = None) -> float:
         """Adds gradients; returns the summed loss. Default: weighted cross-entropy."""

@@ -8,18 +8,26 @@ from hypothesis import strategies as st
 from tests.support.api_driver import MODEL
 from tinkerbell import wire
 from tinkerbell.api import validation
+from tinkerbell.config import Limits
 from tinkerbell.errors import InvalidRequest, NotFound, TooLarge
-from tinkerbell.types import BUILTIN_LOSSES, LoraConfig, LossSpec, SamplingParams
+from tinkerbell.types import BUILTIN_LOSSES, Datum, LoraConfig, LossSpec, SamplingParams
 
-ROOM = 1000
+LIMITS = Limits(max_request_tokens=1000, max_output_bytes=64)
 
 
 def body(tokens: list[int], targets: list[int] | None = None, **loss_inputs: list[float]) -> wire.DatumBody:
     return wire.DatumBody(tokens=tokens, targets=targets or tokens, loss_inputs=loss_inputs)
 
 
+def data(
+    bodies: list[wire.DatumBody], loss: LossSpec | None = None, limits: Limits = LIMITS, num_targets: int = 1
+) -> list[Datum]:
+    asked = wire.ForwardBackward(data=bodies, loss=loss or LossSpec(), num_targets=num_targets)
+    return validation.data(asked, MODEL, limits)
+
+
 def test_lists_become_little_endian_bytes_in_their_order() -> None:
-    (datum,) = validation.data([body([1, 2, 3], [2, 3, 4], weights=[0.5, 0.0, -2.0])], LossSpec(), MODEL, ROOM)
+    (datum,) = data([body([1, 2, 3], [2, 3, 4], weights=[0.5, 0.0, -2.0])])
     assert np.frombuffer(datum.tokens, "<i4").tolist() == [1, 2, 3]
     assert np.frombuffer(datum.targets, "<i4").tolist() == [2, 3, 4]
     assert np.frombuffer(datum.loss_inputs["weights"], "<f4").tolist() == [0.5, 0.0, -2.0]
@@ -28,7 +36,7 @@ def test_lists_become_little_endian_bytes_in_their_order() -> None:
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=MODEL.max_length))
 def test_every_float32_survives(weights: list[float]) -> None:
-    (datum,) = validation.data([body([1] * len(weights), weights=weights)], LossSpec(), MODEL, ROOM)
+    (datum,) = data([body([1] * len(weights), weights=weights)])
     assert np.frombuffer(datum.loss_inputs["weights"], "<f4").tolist() == weights
 
 
@@ -59,22 +67,36 @@ def test_every_float32_survives(weights: list[float]) -> None:
 )
 def test_what_is_wrong_is_named(bodies: list[wire.DatumBody], loss: LossSpec, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        validation.data(bodies, loss, MODEL, ROOM)
+        data(bodies, loss)
 
 
 @pytest.mark.parametrize("name", BUILTIN_LOSSES)
 def test_every_built_in_loss_takes_what_its_signature_says(name: str) -> None:
     signature = BUILTIN_LOSSES[name]
     inputs = {key: [0.5] for key in (*signature.required, *signature.optional)}
-    (datum,) = validation.data([body([1], **inputs)], LossSpec(name=name, config=signature.config), MODEL, ROOM)
+    (datum,) = data([body([1], **inputs)], LossSpec(name=name, config=signature.config))
     assert set(datum.loss_inputs) == set(inputs)
 
 
 def test_a_request_may_have_so_many_tokens() -> None:
     bodies = [body([1] * 10)] * 2
-    assert len(validation.data(bodies, LossSpec(), MODEL, 20)) == 2
+    assert len(data(bodies, limits=Limits(max_request_tokens=20))) == 2
     with pytest.raises(TooLarge, match="20 tokens; a request may have 19"):
-        validation.data(bodies, LossSpec(), MODEL, 19)
+        data(bodies, limits=Limits(max_request_tokens=19))
+
+
+def test_several_targets_of_a_token_are_rows() -> None:
+    (datum,) = data([body([1, 2], [2, 3, 3, 4], weights=[0.5, 0.0, 1.0, -2.0])], num_targets=2)
+    assert np.frombuffer(datum.targets, "<i4").tolist() == [2, 3, 3, 4]
+    assert np.frombuffer(datum.loss_inputs["weights"], "<f4").tolist() == [0.5, 0.0, 1.0, -2.0]
+    with pytest.raises(InvalidRequest, match=r"2 tokens and 3 targets; it must have as many times 2"):
+        data([body([1, 2], [2, 3, 3])], num_targets=2)
+    with pytest.raises(InvalidRequest, match=r"weights has 2 numbers for 2 tokens times 2"):
+        data([body([1, 2], [2, 3, 3, 4], weights=[1.0, 1.0])], num_targets=2)
+    with pytest.raises(InvalidRequest, match="ppo takes one target for each token, not 2; cross_entropy takes more"):
+        data([body([1], [2, 3], logprobs=[0.0] * 2, advantages=[0.0] * 2)], LossSpec(name="ppo"), num_targets=2)
+    with pytest.raises(TooLarge, match="2 targets of 9 tokens have 72 bytes; those of a request may have 64"):
+        data([body([1] * 9, [1] * 18)], num_targets=2)
 
 
 @pytest.mark.parametrize("targets", [("attention",), ("mlp", "q_proj"), ("all-linear",), ("gate_proj",)])
@@ -93,9 +115,12 @@ def sample(prompt: list[int], **params: object) -> wire.Sample:
 
 
 def test_a_prompt_must_leave_room_for_its_continuation() -> None:
-    assert validation.prompt(sample([1, 2], max_tokens=30), MODEL, ROOM) == np.array([1, 2], "<i4").tobytes()
+    assert (
+        validation.prompt(sample([1, 2], max_tokens=30), MODEL, LIMITS.max_request_tokens)
+        == np.array([1, 2], "<i4").tobytes()
+    )
     with pytest.raises(InvalidRequest, match=r"2 tokens and params\.max_tokens is 31: 33 together; tiny takes"):
-        validation.prompt(sample([1, 2], max_tokens=31), MODEL, ROOM)
+        validation.prompt(sample([1, 2], max_tokens=31), MODEL, LIMITS.max_request_tokens)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +135,7 @@ def test_a_prompt_must_leave_room_for_its_continuation() -> None:
 )
 def test_sampling_settings(request_body: wire.Sample, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        validation.prompt(request_body, MODEL, ROOM)
+        validation.prompt(request_body, MODEL, LIMITS.max_request_tokens)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def sweep(z: torch.Tensor, spec: OutputSpec, block: int) -> Rows:
     """The outputs of logits [N, V], seen in blocks."""
     n, v = z.shape
     rows = Rows(0, n, spec, v, z)
-    softmax, run = Softmax(torch.zeros(n, dtype=torch.int64), n, z.dtype), Sweep([rows], 0, n)
+    softmax, run = Softmax(torch.zeros(n, 1, dtype=torch.int64), n, z.dtype), Sweep([rows], 0, n)
     for first in range(0, v, block):
         end = min(first + block, v)
         run.take(softmax, first, end, z[:, first:end].clone())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.hf_training import Bench, floats, ints, logprobs, random_data, sequence
+from tests.support.hf_training import Bench, floats, ints, logprobs, random_data, sequence, soft_data
 from tests.support.peft_reference import Reference, relative
 from tests.support.tiny_model import write_tiny_model
 from tinkerbell.executors.hf import model as hf_model
@@ -91,6 +91,39 @@ def test_losses_of_logprobs_equal_peft_in_fp64(directory: Path) -> None:
     assert answer.loss == pytest.approx(reference.forward_backward(data, ppo), rel=1e-10)
     assert relative(bench.gradient("a"), reference.gradient()) < 1e-10
     assert 0 < answer.metrics["clipped_sum"] < answer.metrics["num_tokens"] == 28
+
+
+@pytest.mark.parametrize("targets", [("all-linear",), ("all-linear", "unembed")])
+@pytest.mark.parametrize("num_targets", [2, 37])
+def test_several_targets_of_a_token_equal_peft_in_fp64(
+    directory: Path, targets: tuple[str, ...], num_targets: int
+) -> None:
+    """More of them than fit into one part of the vocabulary's sweep, and the same one twice."""
+    bench = Bench(hf_model.load(str(directory), dtype="float64"))
+    reference = Reference(
+        directory, bench.add("a", LoraConfig(rank=4, targets=targets), 1, b_scale=0.05), torch.float64
+    )
+    bench.add("b", ADAPTERS["qv"][0], 2, b_scale=0.05)
+    data = soft_data(5, (40, 3, 1), 257, num_targets)
+    data.append(Datum(ints([5, 6]), ints([9] * 2 * num_targets), {"weights": floats([0.5] * 2 * num_targets)}))
+    one = random_data(4, (11,), 257)
+    before, answer, after = bench.train(bench.unit("b", one), bench.unit("a", data), bench.unit("b", one))
+    assert [len(raw) for raw in answer.logprobs] == [len(datum.targets) for datum in data]
+    assert answer.loss == pytest.approx(reference.forward_backward(data), rel=1e-10)
+    assert relative(bench.gradient("a"), reference.gradient()) < 1e-10
+    assert before.logprobs == after.logprobs
+
+
+def test_what_several_targets_cannot_be(bench: Bench) -> None:
+    bench.add("a", ADAPTERS["qv"][0], 1)
+    good = soft_data(1, (3,), 257, 2)
+    assert "as many targets" in failure(bench, bench.unit("a", good + soft_data(1, (3,), 257, 3))).message
+    inputs = dict.fromkeys(("logprobs", "advantages"), good[0].loss_inputs["weights"])
+    policy = [Datum(good[0].tokens, good[0].targets, inputs)]
+    assert "6 targets" in failure(bench, bench.unit("a", policy, LossSpec(name="ppo"))).message
+    short = [Datum(good[0].tokens, good[0].targets, {"weights": floats([1.0] * 3)})]
+    assert "6 targets but 3 numbers" in failure(bench, bench.unit("a", short)).message
+    assert bench.adapters["a"].gradient is None
 
 
 def test_forward_only_gives_the_same_bits_and_no_gradient(bench: Bench) -> None:

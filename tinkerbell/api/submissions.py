@@ -135,13 +135,14 @@ class Submitter(Submitting):
         body: wire.ForwardBackward,
         model: ModelInfo,
     ) -> Draft:
-        data = validation.data(body.data, body.loss, model, self._context.settings.limits.max_request_tokens)
+        data = validation.data(body, model, self._context.settings.limits)
         num_tokens = sum(datum.num_tokens for datum in data)
         return Draft(
             event=event(
                 loss=body.loss,
                 num_datums=len(data),
                 num_tokens=num_tokens,
+                num_targets=body.num_targets,
                 chunk_tokens=self._context.settings.chunk_tokens,
             ),
             body=kinds.ForwardBackwardBody(data),

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tinkerbell import wire
+from tinkerbell.config import Limits
 from tinkerbell.errors import InvalidRequest, NotFound, TooLarge
 from tinkerbell.types import (
     BUILTIN_LOSSES,
@@ -80,25 +81,49 @@ def loss(spec: LossSpec) -> LossSignature:
     return signature
 
 
-def data(bodies: Sequence[wire.DatumBody], spec: LossSpec, model: ModelInfo, max_tokens: int) -> list[Datum]:
-    """The data as little-endian bytes. Raises InvalidRequest naming the datum, TooLarge over `max_tokens`."""
-    signature = loss(spec)
-    num_tokens = sum(len(body.tokens) for body in bodies)
+def data(body: wire.ForwardBackward, model: ModelInfo, limits: Limits) -> list[Datum]:
+    """The data as little-endian bytes. Raises InvalidRequest naming the datum, TooLarge over the limits."""
+    spec, signature = body.loss, loss(body.loss)
+    num_tokens, max_tokens = sum(len(datum.tokens) for datum in body.data), limits.max_request_tokens
     if num_tokens > max_tokens:
         raise TooLarge(
             f"The request has {num_tokens} tokens; a request may have {max_tokens}.",
             num_tokens=num_tokens,
             limit=max_tokens,
         )
-    return [_datum(f"data[{i}]", body, spec.name, signature, model) for i, body in enumerate(bodies)]
+    targets(spec.name, signature, num_tokens, body.num_targets, limits.max_output_bytes)
+    return [
+        _datum(f"data[{i}]", datum, body.num_targets, spec.name, signature, model) for i, datum in enumerate(body.data)
+    ]
 
 
-def _datum(where: str, body: wire.DatumBody, loss_name: str, signature: LossSignature, model: ModelInfo) -> Datum:
+def targets(loss_name: str, signature: LossSignature, num_tokens: int, num_targets: int, max_bytes: int) -> None:
+    """Raises InvalidRequest for several targets of a token where the loss takes one, TooLarge where the logprobs of
+    all of them have over `max_bytes`."""
+    if num_targets == 1:
+        return
+    if not signature.several_targets:
+        raise InvalidRequest(
+            f"{loss_name} takes one target for each token, not {num_targets}; cross_entropy takes more."
+        )
+    if (num_bytes := 4 * num_tokens * num_targets) > max_bytes:
+        raise TooLarge(
+            f"The logprobs of {num_targets} targets of {num_tokens} tokens have {num_bytes} bytes; those of a request"
+            f" may have {max_bytes}. Send fewer tokens at a time.",
+            num_bytes=num_bytes,
+            limit=max_bytes,
+        )
+
+
+def _datum(
+    where: str, body: wire.DatumBody, num_targets: int, loss_name: str, signature: LossSignature, model: ModelInfo
+) -> Datum:
     n = len(body.tokens)
+    k = "" if num_targets == 1 else f" times {num_targets}"
     if n > model.max_length:
         raise InvalidRequest(f"{where} has {n} tokens; {model.name} takes at most {model.max_length}.")
-    if len(body.targets) != n:
-        raise InvalidRequest(f"{where} has {n} tokens and {len(body.targets)} targets; it must have as many.")
+    if len(body.targets) != n * num_targets:
+        raise InvalidRequest(f"{where} has {n} tokens and {len(body.targets)} targets; it must have as many{k}.")
     for name in signature.required:
         if name not in body.loss_inputs:
             raise InvalidRequest(f"{where}.loss_inputs: {loss_name} needs {name!r}.")
@@ -106,8 +131,8 @@ def _datum(where: str, body: wire.DatumBody, loss_name: str, signature: LossSign
         if name not in signature.required and name not in signature.optional:
             known = ", ".join((*signature.required, *signature.optional))
             raise InvalidRequest(f"{where}.loss_inputs: {loss_name} reads no {name!r}; it reads {known}.")
-        if len(values) != n:
-            raise InvalidRequest(f"{where}.loss_inputs.{name} has {len(values)} numbers for {n} tokens.")
+        if len(values) != n * num_targets:
+            raise InvalidRequest(f"{where}.loss_inputs.{name} has {len(values)} numbers for {n} tokens{k}.")
     return Datum(
         tokens=token_bytes(f"{where}.tokens", body.tokens, model),
         targets=token_bytes(f"{where}.targets", body.targets, model),

@@ -80,15 +80,19 @@ def _result(result: kinds.Recorded, body: kinds.Body | None) -> wire.ResultBody:
         case kinds.ForwardCompleted() | kinds.ForwardBackwardCompleted() as done:
             if not isinstance(body, kinds.LogprobsBody):
                 raise Corrupt(f"event {result.position} has no logprobs")
-            num_logprobs = sum(len(logprobs) // 4 for logprobs in body.logprobs)
-            if num_logprobs != done.num_tokens:
-                raise Corrupt(f"event {result.position} has {num_logprobs} logprobs for {done.num_tokens} tokens")
+            num_logprobs, num_targets = sum(len(logprobs) // 4 for logprobs in body.logprobs), done.num_targets
+            if num_logprobs != done.num_tokens * num_targets:
+                raise Corrupt(
+                    f"event {result.position} has {num_logprobs} logprobs for {num_targets} targets of"
+                    f" {done.num_tokens} tokens"
+                )
             return wire.ForwardBackwardResult(
                 loss=_number(done.loss),
                 metrics={name: _number(value) for name, value in done.metrics.items()},
                 logprobs=[floats(logprobs) for logprobs in body.logprobs],
                 num_tokens=done.num_tokens,
-                outputs=_outputs(result.position, body),
+                num_targets=num_targets,
+                outputs=_outputs(result.position, body, num_targets),
             )
         case kinds.SampleCompleted() as done:
             if not isinstance(body, kinds.SamplesBody):
@@ -119,12 +123,12 @@ def _result(result: kinds.Recorded, body: kinds.Body | None) -> wire.ResultBody:
             raise Corrupt(f"event {result.position} ({kinds.type_of(other)}) is no result")
 
 
-def _outputs(position: int, body: kinds.LogprobsBody) -> list[wire.OutputsBody] | None:
+def _outputs(position: int, body: kinds.LogprobsBody, num_targets: int) -> list[wire.OutputsBody] | None:
     if not isinstance(body, kinds.OutputsBody) or not body.outputs:
         return None
     if len(body.outputs) != len(body.logprobs):
         raise Corrupt(f"event {position} has outputs of {len(body.outputs)} data for {len(body.logprobs)}")
-    lengths = (len(logprobs) // 4 for logprobs in body.logprobs)
+    lengths = (len(logprobs) // (4 * num_targets) for logprobs in body.logprobs)
     return [_datum_outputs(position, datum, n) for datum, n in zip(body.outputs, lengths, strict=True)]
 
 

@@ -63,6 +63,8 @@ class ForwardRequested(Request, frozen=True, kw_only=True, tag="forward.requeste
     loss: LossSpec
     num_datums: int
     num_tokens: int
+    num_targets: int = 1
+    """Of each token."""
     chunk_tokens: int = 1024
     """It is cut into micro-batches of at most so many tokens, now and whenever it is executed again."""
     outputs: OutputSpec | None = None
@@ -75,6 +77,7 @@ class ForwardBackwardRequested(Request, frozen=True, kw_only=True, tag="forward_
     loss: LossSpec
     num_datums: int
     num_tokens: int
+    num_targets: int = 1
     chunk_tokens: int = 1024
     """As in ForwardRequested."""
 
@@ -148,6 +151,8 @@ class ForwardCompleted(Result, frozen=True, kw_only=True, tag="forward.completed
     loss: float
     metrics: dict[str, float]
     num_tokens: int
+    num_targets: int = 1
+    """Of each token."""
     logprobs_digest: str | None = None
     """As in ForwardBackwardCompleted."""
 
@@ -159,6 +164,8 @@ class ForwardBackwardCompleted(Result, frozen=True, kw_only=True, tag="forward_b
     """Sum over tokens."""
     metrics: dict[str, float]
     num_tokens: int
+    num_targets: int = 1
+    """Of each token."""
     logprobs_digest: str | None = None
     """sha256 (hex) over the datums' logprobs, each as its number of bytes (8, little-endian) and its float32 values;
     None: recorded by an older release. The body's own hash is over its stored form, which depends on a compressor."""
@@ -526,7 +533,7 @@ class SampleBody(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LogprobsBody(msgspec.Struct, frozen=True, array_like=True):
-    """For each datum [N] float32 nats."""
+    """For each datum [N, K] float32 nats."""
 
     logprobs: list[bytes]
 

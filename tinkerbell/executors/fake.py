@@ -172,10 +172,12 @@ class FakeExecutor:
         outputs: list[DatumOutputs] = []
         for datum in unit.data:
             tokens, targets = self._tokens(datum.tokens), self._tokens(datum.targets)
-            if len(tokens) != len(targets):
-                raise InvalidRequest(f"{len(targets)} targets for {len(tokens)} tokens")
             inputs = fake_losses.loss_inputs(unit.loss, datum)
-            found = distribution.target_logprobs(tokens, targets)
+            if len(datum.targets) * len(unit.data[0].tokens) != len(datum.tokens) * len(unit.data[0].targets):
+                raise InvalidRequest("all data of one request must have as many targets for a token")
+            # One for each target.
+            before = [token for token in tokens for _ in range(len(targets) // len(tokens))]
+            found = distribution.target_logprobs(before, targets)
             value = fake_losses.evaluate(unit.loss, found, inputs)
             losses.append(value.loss)
             for name, metric in value.metrics.items():
@@ -184,7 +186,7 @@ class FakeExecutor:
             if unit.outputs is not None:
                 outputs.append(distribution.outputs(tokens, unit.outputs))
             if unit.backward:
-                by_delta = distribution.gradient(tokens, targets, value.slopes)
+                by_delta = distribution.gradient(before, targets, value.slopes)
                 total = array("d", map(operator.add, total, adapter.chain(by_delta)))
         loss = math.fsum(losses)
         if not all(map(math.isfinite, (loss, *metrics.values(), *total))):

@@ -1,4 +1,7 @@
-"""The built-in losses and their slopes for one datum in plain Python; formulas as in `tinkerbell.losses`."""
+"""The built-in losses and their slopes for one datum in plain Python; formulas as in `tinkerbell.losses`.
+
+N tokens, K targets of each, row after row.
+"""
 
 import math
 import struct
@@ -17,14 +20,14 @@ class LossValue(NamedTuple):
 
     loss: float
     slopes: list[float]
-    """[N] dLoss/dlogprob."""
+    """[N K] dLoss/dlogprob."""
     metrics: dict[str, float]
 
 
 def loss_inputs(spec: LossSpec, datum: Datum) -> dict[str, list[float]]:
-    """The named [N] arrays the loss reads, `weights` being 1 where not given.
+    """The named [N K] arrays the loss reads, `weights` being 1 where not given.
 
-    Raises InvalidRequest for an unknown loss or setting, and for missing, unknown or ill-shaped arrays.
+    Raises InvalidRequest for an unknown loss or setting, and for missing, unknown or ill-shaped arrays and targets.
     """
     signature = BUILTIN_LOSSES.get(spec.name)
     if signature is None:
@@ -35,18 +38,23 @@ def loss_inputs(spec: LossSpec, datum: Datum) -> dict[str, list[float]]:
     for name in signature.required:
         if name not in datum.loss_inputs:
             raise InvalidRequest(f"loss `{spec.name}` needs `{name}` in every datum's loss_inputs")
-    arrays: dict[str, list[float]] = {"weights": [1.0] * datum.num_tokens}
+    num_targets, rest = divmod(len(datum.targets), len(datum.tokens))
+    if rest or num_targets < 1 or (num_targets > 1 and not signature.several_targets):
+        raise InvalidRequest(f"loss `{spec.name}`: {len(datum.targets) / 4:g} targets for {datum.num_tokens} tokens")
+    arrays: dict[str, list[float]] = {"weights": [1.0] * (datum.num_tokens * num_targets)}
     for name, raw in datum.loss_inputs.items():
         if name not in signature.required and name not in signature.optional:
             raise InvalidRequest(f"loss `{spec.name}` does not read `{name}`")
-        if len(raw) != 4 * datum.num_tokens:
-            raise InvalidRequest(f"loss input `{name}` has {len(raw) / 4:g} numbers for {datum.num_tokens} tokens")
+        if len(raw) != len(datum.targets):
+            raise InvalidRequest(
+                f"loss input `{name}` has {len(raw) / 4:g} numbers for {len(datum.targets) // 4} targets"
+            )
         arrays[name] = list(struct.unpack(f"<{len(raw) // 4}f", raw))
     return arrays
 
 
 def evaluate(spec: LossSpec, logprobs: Sequence[float], inputs: dict[str, list[float]]) -> LossValue:
-    """Loss (a sum) and slopes of one datum, given logprobs [N] nats and its `loss_inputs`."""
+    """Loss (a sum) and slopes of one datum, given logprobs [N K] nats and its `loss_inputs`."""
     weights = inputs["weights"]
     metrics = {"num_tokens": float(len(logprobs)), "weight_sum": sum(weights)}
     if spec.name == "cross_entropy":

@@ -97,7 +97,7 @@ class ForwardBackwardDone(msgspec.Struct, frozen=True, kw_only=True, tag="forwar
     metrics: dict[str, float]
     """Sums over the chunk, so that chunks add."""
     logprobs: list[bytes]
-    """For each datum [N] float32 nats: logprob of each target."""
+    """For each datum [N, K] float32 nats: logprob of each target."""
     outputs: list[DatumOutputs] | None = None
     """Of each datum, where they were asked for."""
 

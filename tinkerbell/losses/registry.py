@@ -30,6 +30,7 @@ class Loss:
     required: frozenset[str]
     """Inputs every datum must carry."""
     optional: frozenset[str]
+    several_targets: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ def resolve(spec: LossSpec) -> Loss:
         config={**signature.config, **spec.config},
         required=frozenset(signature.required),
         optional=frozenset(signature.optional),
+        several_targets=signature.several_targets,
     )
 
 

@@ -91,4 +91,4 @@ def _size(body: RequestBody) -> int:
     """Bytes, near enough for a bound on memory: tokens, targets and one array of loss inputs."""
     if isinstance(body, SampleBody):
         return len(body.prompt) + len(body.prompt_targets or b"")
-    return sum(3 * len(datum.tokens) for datum in body.data)
+    return sum(len(datum.tokens) + 2 * len(datum.targets) for datum in body.data)

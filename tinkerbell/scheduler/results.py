@@ -75,6 +75,7 @@ def forward_done(request: PendingRequest, batch: str) -> tuple[AnyResult, Body]:
         loss=loss,
         metrics=metrics,
         num_tokens=event.num_tokens,
+        num_targets=event.num_targets,
         logprobs_digest=logprobs_digest(body.logprobs),
     )
     return completed, body if request.kind == "forward" else LogprobsBody(logprobs=body.logprobs)

@@ -34,23 +34,26 @@ class Adapter:
         data: Sequence[wire.DatumBody],
         loss: str = "cross_entropy",
         config: Mapping[str, float] | None = None,
+        num_targets: int = 1,
     ) -> Future[wire.ForwardBackwardResult]:
         """Add the gradient of the loss, summed over all tokens of `data`, to the adapter's.
 
-        `config` holds settings of the loss, e.g. {"clip_low_threshold": 0.8} for ppo.
+        `config` holds settings of the loss, e.g. {"clip_low_threshold": 0.8} for ppo. With `num_targets` K, targets,
+        loss inputs and the logprobs of the answer are [N, K] for N tokens, row after row.
         """
-        return self._ask(calls.forward_backward(self.id, data, loss, config), wire.ForwardBackwardResult)
+        return self._ask(calls.forward_backward(self.id, data, loss, config, num_targets), wire.ForwardBackwardResult)
 
     def forward(
         self,
         data: Sequence[wire.DatumBody],
         loss: str = "cross_entropy",
         config: Mapping[str, float] | None = None,
+        num_targets: int = 1,
         **outputs: Unpack[Outputs],
     ) -> Future[wire.ForwardBackwardResult]:
         """Loss and logprobs, no gradient; and of each token's distribution what `outputs` asks for, e.g.
         entropy=True, top_k=5, logits=True. They are in the result's `outputs`, one entry for each datum."""
-        return self._ask(calls.forward(self.id, data, loss, config, outputs), wire.ForwardBackwardResult)
+        return self._ask(calls.forward(self.id, data, loss, config, num_targets, outputs), wire.ForwardBackwardResult)
 
     def optim_step(self, **settings: Unpack[Adam]) -> Future[wire.OptimStepResult]:
         """Apply the accumulated gradient with AdamW, and clear it."""

@@ -32,9 +32,10 @@ class AsyncAdapter:
         data: Sequence[wire.DatumBody],
         loss: str = "cross_entropy",
         config: Mapping[str, float] | None = None,
+        num_targets: int = 1,
     ) -> AsyncFuture[wire.ForwardBackwardResult]:
         """Add the gradient of the loss, summed over all tokens of `data`, to the adapter's."""
-        call = calls.forward_backward(self.id, data, loss, config)
+        call = calls.forward_backward(self.id, data, loss, config, num_targets)
         return await self._ask(call, wire.ForwardBackwardResult)
 
     async def forward(
@@ -42,10 +43,11 @@ class AsyncAdapter:
         data: Sequence[wire.DatumBody],
         loss: str = "cross_entropy",
         config: Mapping[str, float] | None = None,
+        num_targets: int = 1,
         **outputs: Unpack[Outputs],
     ) -> AsyncFuture[wire.ForwardBackwardResult]:
         """Loss and logprobs, no gradient; and what `outputs` asks for, as in Adapter.forward."""
-        call = calls.forward(self.id, data, loss, config, outputs)
+        call = calls.forward(self.id, data, loss, config, num_targets, outputs)
         return await self._ask(call, wire.ForwardBackwardResult)
 
     async def optim_step(self, **settings: Unpack[Adam]) -> AsyncFuture[wire.OptimStepResult]:

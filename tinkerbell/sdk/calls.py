@@ -89,9 +89,12 @@ def forward_backward(
     data: Sequence[wire.DatumBody],
     loss: str,
     config: Mapping[str, float] | None,
+    num_targets: int,
 ) -> Call[wire.Future]:
     """POST /v1/adapters/{id}/fwdbwd"""
-    body = wire.ForwardBackward(data=_finite(data), loss=LossSpec(name=loss, config=dict(config or {})))
+    body = wire.ForwardBackward(
+        data=_finite(data), loss=LossSpec(name=loss, config=dict(config or {})), num_targets=num_targets
+    )
     return _post(f"{_adapter(adapter)}/fwdbwd", body)
 
 
@@ -100,12 +103,14 @@ def forward(
     data: Sequence[wire.DatumBody],
     loss: str,
     config: Mapping[str, float] | None,
+    num_targets: int,
     outputs: Outputs,
 ) -> Call[wire.Future]:
     """POST /v1/adapters/{id}/forward; `outputs` are fields of OutputSpec"""
     body = wire.Forward(
         data=_finite(data),
         loss=LossSpec(name=loss, config=dict(config or {})),
+        num_targets=num_targets,
         outputs=_checked(OutputSpec, outputs) if outputs else None,
     )
     return _post(f"{_adapter(adapter)}/forward", body)

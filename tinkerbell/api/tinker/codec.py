@@ -1,9 +1,9 @@
 """Protobuf bodies of the tinker protocol: data of a forward_backward, results of it and of a sample.
 
-N: tokens of a datum; P: of a prompt; M: sampled; K: alternatives for a token.
+N: tokens of a datum; P: of a prompt; M: sampled; K: targets of a token, or alternatives for it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,10 @@ from google.protobuf.message import DecodeError
 
 from tinkerbell.api import validation
 from tinkerbell.api.tinker import wire_pb2 as pb
+from tinkerbell.config import Limits
 from tinkerbell.errors import Corrupt, InvalidRequest, TooLarge
 from tinkerbell.events import kinds
-from tinkerbell.types import Datum, LossSignature, LossSpec, ModelInfo
+from tinkerbell.types import MAX_TARGETS, Datum, LossSignature, LossSpec, ModelInfo
 
 MEDIA_TYPE = "application/x-protobuf"
 TARGETS = "target_tokens"
@@ -22,9 +23,6 @@ TARGETS = "target_tokens"
 _DTYPES = {pb.DTYPE_FLOAT32: "<f4", pb.DTYPE_INT64: "<i8", pb.DTYPE_INT32: "<i4"}
 NOTHING = -99999.0
 """Logprob of an empty cell."""
-
-_LARGEST = 2**27
-"""Numbers in one dense tensor; a sparse one of few bytes may name any shape."""
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -60,9 +58,11 @@ def loss_spec(request: pb.ForwardBackwardRequest) -> LossSpec:
     return LossSpec(name=request.loss_fn or "cross_entropy", config=config)
 
 
-def data(request: pb.ForwardBackwardRequest, spec: LossSpec, model: ModelInfo, max_tokens: int) -> list[Datum]:
-    """What to train on. Raises InvalidRequest naming the datum, TooLarge over `max_tokens`."""
-    signature = validation.loss(spec)
+def data(
+    request: pb.ForwardBackwardRequest, spec: LossSpec, model: ModelInfo, limits: Limits
+) -> tuple[list[Datum], int]:
+    """What to train on, and K. Raises InvalidRequest naming the datum, TooLarge over the limits."""
+    signature, max_tokens = validation.loss(spec), limits.max_request_tokens
     if not request.data:
         raise InvalidRequest("data is empty.")
     chunks = [_tokens(f"data[{i}].model_input", datum.model_input) for i, datum in enumerate(request.data)]
@@ -73,8 +73,24 @@ def data(request: pb.ForwardBackwardRequest, spec: LossSpec, model: ModelInfo, m
             num_tokens=num_tokens,
             limit=max_tokens,
         )
+    num_targets = _num_targets(request)
+    validation.targets(spec.name, signature, num_tokens, num_targets, limits.max_output_bytes)
     rows = zip(request.data, chunks, strict=True)
-    return [_datum(f"data[{i}]", each, tokens, spec.name, signature, model) for i, (each, tokens) in enumerate(rows)]
+    made = [
+        _datum(f"data[{i}]", datum, tokens, num_targets, spec.name, signature, model)
+        for i, (datum, tokens) in enumerate(rows)
+    ]
+    return made, num_targets
+
+
+def _num_targets(request: pb.ForwardBackwardRequest) -> int:
+    """K of the first datum: its target_tokens are [N] or [N, K]. Raises InvalidRequest."""
+    shape = list(request.data[0].loss_fn_inputs[TARGETS].shape) if TARGETS in request.data[0].loss_fn_inputs else []
+    if len(shape) < 2:
+        return 1
+    if not 1 <= shape[1] <= MAX_TARGETS:
+        raise InvalidRequest(f"data[0].loss_fn_inputs.{TARGETS} has the shape {shape}; K is 1 to {MAX_TARGETS}.")
+    return int(shape[1])
 
 
 def _tokens(where: str, chunks: Sequence[pb.Chunk]) -> Array:
@@ -92,82 +108,66 @@ def _tokens(where: str, chunks: Sequence[pb.Chunk]) -> Array:
 
 
 def _datum(
-    where: str, datum: pb.Datum, tokens: Array, loss_name: str, signature: LossSignature, model: ModelInfo
+    where: str,
+    datum: pb.Datum,
+    tokens: Array,
+    num_targets: int,
+    loss_name: str,
+    signature: LossSignature,
+    model: ModelInfo,
 ) -> Datum:
     n = len(tokens)
     if n > model.max_length:
         raise InvalidRequest(f"{where} has {n} tokens; {model.name} takes at most {model.max_length}.")
-    arrays = {name: tensor(f"{where}.loss_fn_inputs.{name}", value) for name, value in datum.loss_fn_inputs.items()}
-    if TARGETS not in arrays:
-        raise InvalidRequest(f"{where}.loss_fn_inputs: {loss_name} needs {TARGETS!r}.")
-    targets = _column(f"{where}.loss_fn_inputs.{TARGETS}", arrays.pop(TARGETS), n)
-    for name in signature.required:
-        if name not in arrays:
+    given = datum.loss_fn_inputs
+    known = (TARGETS, *signature.required, *signature.optional)
+    for name in (TARGETS, *signature.required):
+        if name not in given:
             raise InvalidRequest(f"{where}.loss_fn_inputs: {loss_name} needs {name!r}.")
-    known = (*signature.required, *signature.optional)
-    for name in arrays:
+    for name in given:
         if name not in known:
-            raise InvalidRequest(
-                f"{where}.loss_fn_inputs: {loss_name} reads no {name!r}; it reads {', '.join((TARGETS, *known))}."
-            )
+            raise InvalidRequest(f"{where}.loss_fn_inputs: {loss_name} reads no {name!r}; it reads {', '.join(known)}.")
+    arrays = {name: tensor(f"{where}.loss_fn_inputs.{name}", given[name], n, num_targets) for name in sorted(given)}
     return Datum(
         tokens=_token_bytes(f"{where}.model_input", tokens, model),
-        targets=_token_bytes(f"{where}.loss_fn_inputs.{TARGETS}", targets, model),
-        loss_inputs={
-            name: _float_bytes(
-                f"{where}.loss_fn_inputs.{name}", _column(f"{where}.loss_fn_inputs.{name}", arrays[name], n)
-            )
-            for name in sorted(arrays)
-        },
+        targets=_token_bytes(f"{where}.loss_fn_inputs.{TARGETS}", arrays.pop(TARGETS), model),
+        loss_inputs={name: _float_bytes(f"{where}.loss_fn_inputs.{name}", array) for name, array in arrays.items()},
     )
 
 
-def _column(where: str, array: Array, n: int) -> Array:
-    """[n] of an array [n] or [n, 1]."""
-    if array.ndim == 2 and array.shape == (n, 1):
-        array = array[:, 0]
-    if array.shape != (n,):
-        more = ""
-        if array.ndim == 2 and array.shape[0] == n:
-            more = " Several targets for a token are not served yet."
-        raise InvalidRequest(f"{where} has the shape {list(array.shape)} for {n} tokens.{more}")
-    return array
-
-
-def tensor(where: str, value: pb.Tensor) -> Array:
-    """As a dense array in its own shape. Raises InvalidRequest."""
+def tensor(where: str, value: pb.Tensor, n: int, k: int) -> Array:
+    """[n k] of a tensor of the shape [n, k], or [n] where k is 1; dense ones may leave that to be guessed. Raises
+    InvalidRequest."""
     dtype = _DTYPES.get(value.dtype)
     if dtype is None:
         raise InvalidRequest(f"{where} has the dtype {value.dtype}; float32 (1), int64 (2) and int32 (3) are served.")
-    shape = tuple(value.shape)
-    if any(side < 0 for side in shape) or np.prod(shape, dtype=np.float64) > _LARGEST:
-        raise InvalidRequest(f"{where} has the shape {list(shape)}.")
+    shape = list(value.shape)
+    if shape not in ([n, k], [n] if k == 1 else None, [] if k == 1 else None):
+        wanted = f"[{n}]" if k == 1 else f"[{n}, {k}], since data[0] has {k} {TARGETS} for a token"
+        raise InvalidRequest(f"{where} has the shape {shape}; for {n} tokens it is {wanted}.")
     if value.WhichOneof("encoding") == "sparse_csr":
-        return _dense(where, value.sparse_csr, dtype, shape)
+        return _dense(where, value.sparse_csr, dtype, n, k)
     numbers = _numbers(where, value.dense, dtype)
-    if not shape:
-        return numbers
-    if numbers.size != int(np.prod(shape)):
-        raise InvalidRequest(f"{where} has {numbers.size} numbers for the shape {list(shape)}.")
-    return numbers.reshape(shape)
+    if numbers.size != n * k:
+        raise InvalidRequest(f"{where} has {numbers.size} numbers for the shape {shape or [n]}.")
+    return numbers
 
 
-def _dense(where: str, csr: pb.SparseCsr, dtype: str, shape: tuple[int, ...]) -> Array:
+def _dense(where: str, csr: pb.SparseCsr, dtype: str, n: int, k: int) -> Array:
     values = _numbers(where, csr.values, dtype)
     rows, columns = _numbers(where, csr.crow_indices, "<i8"), _numbers(where, csr.col_indices, "<i8")
     fits = (
-        len(shape) == 2
-        and len(rows) == shape[0] + 1
+        len(rows) == n + 1
         and rows[0] == 0
         and rows[-1] == len(values) == len(columns)
         and bool((np.diff(rows) >= 0).all())
-        and bool(((columns >= 0) & (columns < shape[1])).all())
+        and bool(((columns >= 0) & (columns < k)).all())
     )
     if not fits:
-        raise InvalidRequest(f"{where} is no CSR matrix of the shape {list(shape)}.")
-    dense = np.zeros(shape, dtype)
-    dense[np.repeat(np.arange(shape[0]), np.diff(rows)), columns] = values
-    return dense
+        raise InvalidRequest(f"{where} is no CSR matrix of the shape {[n, k]}.")
+    dense = np.zeros((n, k), dtype)
+    dense[np.repeat(np.arange(n), np.diff(rows)), columns] = values
+    return dense.reshape(-1)
 
 
 def _numbers(where: str, raw: bytes, dtype: str) -> Array:
@@ -177,7 +177,7 @@ def _numbers(where: str, raw: bytes, dtype: str) -> Array:
 
 
 def _token_bytes(where: str, tokens: Array, model: ModelInfo) -> bytes:
-    """[N] int32 of any numbers. Raises InvalidRequest for what is no token of the model."""
+    """[...] int32 of any numbers. Raises InvalidRequest for what is no token of the model."""
     wrong = np.flatnonzero(~((tokens >= 0) & (tokens < model.vocab_size) & (tokens == np.floor(tokens))))
     if wrong.size:
         i = int(wrong[0])
@@ -189,7 +189,7 @@ def _token_bytes(where: str, tokens: Array, model: ModelInfo) -> bytes:
 
 
 def _float_bytes(where: str, values: Array) -> bytes:
-    """[N] float32. Raises InvalidRequest for what float32 cannot hold."""
+    """[...] float32. Raises InvalidRequest for what float32 cannot hold."""
     with np.errstate(over="ignore"):
         numbers = values.astype("<f4")
     wrong = np.flatnonzero(~np.isfinite(numbers))
@@ -199,17 +199,24 @@ def _float_bytes(where: str, values: Array) -> bytes:
     return numbers.tobytes()
 
 
-def forward_backward_output(position: int, loss: float, metrics: Mapping[str, float], body: kinds.Body | None) -> bytes:
+def forward_backward_output(
+    position: int, done: kinds.ForwardCompleted | kinds.ForwardBackwardCompleted, body: kinds.Body | None
+) -> bytes:
     """ForwardBackwardOutput. Raises Corrupt."""
     if not isinstance(body, kinds.LogprobsBody):
         raise Corrupt(f"event {position} has no logprobs")
     ends = np.cumsum([0, *map(len, body.logprobs)], dtype="<i8")
-    logprobs = pb.BatchedTensor(data=b"".join(body.logprobs), offsets=ends.tobytes(), dtype=pb.DTYPE_FLOAT32)
+    logprobs = pb.BatchedTensor(
+        data=b"".join(body.logprobs),
+        offsets=ends.tobytes(),
+        dtype=pb.DTYPE_FLOAT32,
+        trailing_shape=[done.num_targets] if done.num_targets > 1 else [],
+    )
     record = pb.ArrayRecord(type_tag="ArrayRecord", fields={"logprobs": logprobs}, num_datums=len(body.logprobs))
     # The SDK puts the chunks of one call together by what is behind the colon.
-    named = {f"{name.removesuffix('_sum')}:sum": value for name, value in metrics.items()}
+    named = {f"{name.removesuffix('_sum')}:sum": value for name, value in done.metrics.items()}
     output = pb.ForwardBackwardOutput(
-        loss_fn_output_type="ArrayRecord", loss_fn_outputs=[record], metrics={"loss:sum": loss, **named}
+        loss_fn_output_type="ArrayRecord", loss_fn_outputs=[record], metrics={"loss:sum": done.loss, **named}
     )
     return output.SerializeToString()
 

@@ -37,7 +37,7 @@ def answer(store: EventStore, request: Recorded, result: Recorded) -> bytes | di
         case kinds.Failed() as failed:
             return {"error": failed.message, "category": failed.category}
         case kinds.ForwardCompleted() | kinds.ForwardBackwardCompleted() as done:
-            return codec.forward_backward_output(result.position, done.loss, done.metrics, store.body(result))
+            return codec.forward_backward_output(result.position, done, store.body(result))
         case kinds.SampleCompleted():
             assert isinstance(request.event, kinds.SampleRequested)
             return codec.sample_response(result.position, request.event, store.body(request), store.body(result))

@@ -7,10 +7,8 @@ import numpy as np
 from tinkerbell import wire
 from tinkerbell.api.tinker import messages as m
 from tinkerbell.errors import InvalidRequest
-from tinkerbell.types import ModelInfo, SamplingParams
+from tinkerbell.types import MAX_TARGETS, ModelInfo, SamplingParams
 
-MAX_TARGETS = 1024
-"""Of a position of a prompt."""
 MAX_TOP = 64
 
 _SEED_BITS = (1 << 63) - 1

@@ -117,10 +117,16 @@ class TinkerSubmitter(TinkerSubmitting):
 
         def draft(model: ModelInfo) -> Draft:
             settings = self._context.settings
-            data = codec.data(body, spec, model, settings.limits.max_request_tokens)
+            data, num_targets = codec.data(body, spec, model, settings.limits)
             num_tokens = sum(datum.num_tokens for datum in data)
             return Draft(
-                event=event(loss=spec, num_datums=len(data), num_tokens=num_tokens, chunk_tokens=settings.chunk_tokens),
+                event=event(
+                    loss=spec,
+                    num_datums=len(data),
+                    num_tokens=num_tokens,
+                    num_targets=num_targets,
+                    chunk_tokens=settings.chunk_tokens,
+                ),
                 body=kinds.ForwardBackwardBody(data),
                 tokens=num_tokens,
             )

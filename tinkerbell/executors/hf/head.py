@@ -1,16 +1,17 @@
 """Logprobs of given targets without ever holding the logits of a whole pass.
 
-Shapes: T rows of a pass, N rows of one run, C rows of one chunk, D hidden size, V vocabulary, B columns of one block
-of the vocabulary, R LoRA rank.
+Shapes: T rows of a pass, N rows of one run, K targets of each, C rows of one chunk, D hidden size, V vocabulary, B
+columns of one block of the vocabulary, R LoRA rank.
 
 With z = W x + b: logp = z[y] - logsumexp(z), and d logp / d x = W[y] - softmax(z) W does not depend on the loss.
 So forward computes that row beside the logprob, and backward of any loss of logprobs multiplies row n by
-dLoss/dlogp[n]. A LoRA on the head needs gradients that do depend on the loss; its backward computes each block's
-logits again. Blocks of the vocabulary are joined by their largest logit and sum (Milakov, Gimelshein 2018,
-arXiv 1805.02867), so that what is at work fits into the cache.
+dLoss/dlogp[n]. Of several targets of a row it keeps softmax(z) W, which they share, and backward adds up W[y]. A LoRA
+on the head needs gradients that do depend on the loss; its backward computes each block's logits again. Blocks of the
+vocabulary are joined by their largest logit and sum (Milakov, Gimelshein 2018, arXiv 1805.02867), so that what is at
+work fits into the cache.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -38,6 +39,13 @@ class Run(NamedTuple):
     """Of products over rows of several micro-batches; None where it is one micro-batch or bits do not matter."""
     lora: RowRange | None
     """The LoRA on the head of these rows."""
+    targets: Tensor
+    """[N, K]"""
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is one micro-batch that can have no company."""
+        return self.lora is not None or self.targets.shape[1] > 1
 
     def chunks(self) -> Iterator[tuple[int, int, int]]:
         """(first row, one past the last, height of the product), from 0 at this run's start."""
@@ -51,34 +59,43 @@ class Run(NamedTuple):
                 yield start, stop, stop - start
 
 
-def runs(runtime: Runtime, plan: Pass) -> list[Run]:
-    """Cover the rows of a pass, in order. A LoRA on the head makes its micro-batch a run of its own."""
+def runs(runtime: Runtime, plan: Pass, targets: Sequence[Tensor]) -> list[Run]:
+    """Cover the rows of a pass, in order, but for those that fill it up behind the last micro-batch. A LoRA on the head
+    makes its micro-batch a run of its own, and so do several targets of a row."""
     by_start = {r.start: r for r in plan.on(runtime.head.name)}
     found: list[Run] = []
-    for start, stop in pairwise(plan.apart):
+    for (start, stop), y in zip(pairwise(plan.apart[: len(targets) + 1]), targets, strict=True):
         lora = by_start.get(start)
         assert lora is None or lora.stop == stop, "a LoRA on the head covers its whole micro-batch"
-        if plan.micro_batches is not None and lora is None and found and found[-1].lora is None:
-            start = found.pop().start
-        found.append(Run(start, stop, plan.heights if lora is None else None, lora))
+        run = Run(start, stop, None, lora, y)
+        if not run.alone:
+            run = run._replace(heights=plan.heights)
+            if plan.micro_batches is not None and found and not found[-1].alone:
+                before = found.pop()
+                run = run._replace(start=before.start, targets=torch.cat((before.targets, y)))
+        found.append(run)
     return found
 
 
 def target_logprobs(
-    runtime: Runtime, hidden: Tensor, targets: Tensor, plan: Pass, observer: "Observer | None" = None
+    runtime: Runtime, hidden: Tensor, targets: Sequence[Tensor], plan: Pass, observer: "Observer | None" = None
 ) -> Tensor:
-    """[T] nats, fp32 (fp64 for an fp64 model): logprob of targets [T] int64 given hidden [T, D] of a pass.
+    """Nats, fp32 (fp64 for an fp64 model), in one dimension: logprobs of the targets [N, K] int64 of each micro-batch,
+    given hidden [T, D] of a pass.
 
     `plan` is the pass that gave `hidden`; `observer` sees every block of logits on its way.
     """
-    head = runtime.head
-    found = runs(runtime, plan)
-    sizes = [run.stop - run.start for run in found]
+    found = runs(runtime, plan, targets)
     parts: list[Tensor] = []
-    for run, x, y in zip(found, torch.split(hidden, sizes), torch.split(targets, sizes), strict=True):
-        function = _TargetLogprob if run.lora is None else _LoraTargetLogprob
+    sizes = [run.stop - run.start for run in found]
+    for run, x in zip(found, torch.split(hidden, [*sizes, len(hidden) - sum(sizes)]), strict=False):
+        function: type[torch.autograd.Function] = _TargetLogprob
+        if run.lora is not None:
+            function = _LoraTargetLogprob
+        elif run.targets.shape[1] > 1:
+            function = _SeveralTargetLogprobs
         apply: Callable[..., Tensor] = function.apply
-        parts.append(apply(x, runtime.anchor, head, y, run, observer))
+        parts.append(apply(x, runtime.anchor, runtime.head, run, observer).flatten())
     return torch.cat(parts)
 
 
@@ -110,23 +127,23 @@ class Softmax:
     """What is known of the softmax of C rows after some blocks of the vocabulary."""
 
     def __init__(self, targets: Tensor, height: int, dtype: torch.dtype) -> None:
-        """targets [N], N <= C = `height`; `dtype` of the logits."""
+        """targets [N, K], N <= C = `height`; `dtype` of the logits."""
         self.height = height
-        self._targets = torch.nn.functional.pad(targets, (0, height - len(targets)))
+        self._targets = torch.nn.functional.pad(targets, (0, 0, 0, height - len(targets)))
         lanes = -(-height // LANES) * LANES
         self.top = torch.full((lanes,), -torch.inf, dtype=dtype, device=targets.device)
         """The largest logit."""
         self.total = torch.zeros_like(self.top)
         """Sum of exp(z - top)."""
-        self.target = torch.zeros_like(self.top)
-        """Logit of the target."""
+        self.target = self.top.new_zeros(self._targets.shape)
+        """[C, K] logits of the targets."""
 
     def take(self, start: int, stop: int, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z [C, B], logits of columns [start, stop), becomes its softmax over this block. Returns it, and what a sum
         over earlier blocks [C, 1] and one over this block [C, 1] have to be multiplied by before they are added:
         sums are of exp(z - top)."""
         inside, column = self.targets_in(start, stop)
-        torch.where(inside, z.gather(1, column).squeeze(1), self.target[: self.height], out=self.target[: self.height])
+        torch.where(inside, z.gather(1, column), self.target, out=self.target)
         top, largest = torch.zeros_like(self.top), torch.ones_like(self.top)
         top[: self.height] = z.amax(1)
         p = softmax_in_place(z)
@@ -139,18 +156,18 @@ class Softmax:
         return p, old[: self.height, None], new[: self.height, None]
 
     def targets_in(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """([C] whether the target is among columns [start, stop), [C, 1] which of them, any where it is not)."""
+        """([C, K] whether a target is among columns [start, stop), [C, K] which of them, any where it is not)."""
         column = self._targets - start
         inside = (column >= 0) & (column < stop - start)
-        return inside, column.clamp_(0, stop - start - 1)[:, None]
+        return inside, column.clamp_(0, stop - start - 1)
 
     def log_total(self) -> Tensor:
         """[C] log of the sum of exp(z - top)."""
         return self.total.log()[: self.height]
 
     def logprobs(self) -> Tensor:
-        """[C] of the targets, after all blocks."""
-        return (self.target - self.top).sub_(self.total.log())[: self.height]
+        """[C, K] of the targets, after all blocks."""
+        return (self.target - self.top[: self.height, None]).sub_(self.log_total()[:, None])
 
 
 class Sweep(Protocol):
@@ -184,37 +201,37 @@ def _sweep(observer: Observer | None, run: Run, start: int, stop: int) -> Sweep:
     return _Unobserved() if observer is None else observer(run.start + start, run.start + stop)
 
 
+def _swept(
+    x: Tensor, head: MultiLoraLinear, run: Run, observer: Observer | None, *, with_mean: bool
+) -> Iterator[tuple[int, int, Softmax, Tensor | None]]:
+    """For each chunk of x [N, D]: (first row, one past the last, softmax, [stop - start, D] softmax(z) W if asked)."""
+    for start, stop, height in run.chunks():
+        part = chunk_rows(x, start, stop, height)
+        mean: Tensor | None = None
+        softmax = Softmax(run.targets[start:stop], height, wide(x.dtype))
+        sweep = _sweep(observer, run, start, stop)
+        for first, end, z in logit_blocks(part, head, None):
+            p, old, new = sweep.take(softmax, first, end, z)
+            if with_mean:
+                term = torch.mm(p.to(x.dtype), head.weight[first:end]).to(p.dtype).mul_(new)
+                mean = term if mean is None else mean.mul_(old).add_(term)
+        sweep.finish(softmax)
+        yield start, stop, softmax, None if mean is None else mean.div_(softmax.total[:height, None])[: stop - start]
+
+
 class _TargetLogprob(torch.autograd.Function):
-    """x [N, D], targets [N] -> [N]; backward is a row scaling."""
+    """x [N, D], one target each -> [N, 1]; backward is a row scaling."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        anchor: Tensor,
-        head: MultiLoraLinear,
-        targets: Tensor,
-        run: Run,
-        observer: Observer | None,
+        ctx: Any, x: Tensor, anchor: Tensor, head: MultiLoraLinear, run: Run, observer: Observer | None
     ) -> Tensor:
         logprobs: list[Tensor] = []
         jacobian = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
-        for start, stop, height in run.chunks():
-            y = targets[start:stop]
-            part = chunk_rows(x, start, stop, height)
-            mean: Tensor | None = None
-            softmax = Softmax(y, height, wide(x.dtype))
-            sweep = _sweep(observer, run, start, stop)
-            for first, end, z in logit_blocks(part, head, None):
-                p, old, new = sweep.take(softmax, first, end, z)
-                if jacobian is not None:
-                    term = torch.mm(p.to(x.dtype), head.weight[first:end]).to(p.dtype).mul_(new)
-                    mean = term if mean is None else mean.mul_(old).add_(term)
-            sweep.finish(softmax)
+        for start, stop, softmax, mean in _swept(x, head, run, observer, with_mean=jacobian is not None):
             logprobs.append(softmax.logprobs()[: stop - start])
             if jacobian is not None and mean is not None:
-                mean = mean.div_(softmax.total[:height, None])[: stop - start]
-                jacobian[start:stop] = head.weight.index_select(0, y) - mean
+                jacobian[start:stop] = head.weight.index_select(0, run.targets[start:stop, 0]) - mean
         if jacobian is not None:
             ctx.save_for_backward(jacobian)
         return torch.cat(logprobs)
@@ -222,25 +239,52 @@ class _TargetLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (jacobian,) = ctx.saved_tensors
-        return jacobian * grad_outputs[0].unsqueeze(1).to(jacobian.dtype), None, None, None, None, None
+        return jacobian * grad_outputs[0].to(jacobian.dtype), None, None, None, None
 
 
-class _LoraTargetLogprob(torch.autograd.Function):
-    """The same with z = W x + b + scale B A x; backward also yields the gradients of A and B."""
+class _SeveralTargetLogprobs(torch.autograd.Function):
+    """x [N, D], K targets each -> [N, K]; backward is sum_k g_k W[y_k] - (sum_k g_k) softmax(z) W."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        anchor: Tensor,
-        head: MultiLoraLinear,
-        targets: Tensor,
-        run: Run,
-        observer: Observer | None,
+        ctx: Any, x: Tensor, anchor: Tensor, head: MultiLoraLinear, run: Run, observer: Observer | None
+    ) -> Tensor:
+        logprobs: list[Tensor] = []
+        means = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
+        for start, stop, softmax, mean in _swept(x, head, run, observer, with_mean=means is not None):
+            logprobs.append(softmax.logprobs()[: stop - start])
+            if means is not None and mean is not None:
+                means[start:stop] = mean
+        if means is not None:
+            ctx.save_for_backward(means)
+            ctx.head, ctx.run = head, run
+        return torch.cat(logprobs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (means,) = ctx.saved_tensors
+        g = grad_outputs[0].to(means.dtype)
+        gx = means * -g.sum(1, keepdim=True)
+        # W[y] of all targets would be K times as large as x.
+        step = max(1, CHUNK_ROWS // g.shape[1])
+        for start in range(0, len(gx), step):
+            y = ctx.run.targets[start : start + step]
+            toward = ctx.head.weight.index_select(0, y.flatten()).view(*y.shape, -1)
+            gx[start : start + step] += torch.bmm(g[start : start + step, None], toward).squeeze(1)
+        return gx, None, None, None, None
+
+
+class _LoraTargetLogprob(torch.autograd.Function):
+    """x [N, D], K targets each -> [N, K] with z = W x + b + scale B A x; backward also yields the gradients of A and
+    B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, head: MultiLoraLinear, run: Run, observer: Observer | None
     ) -> Tensor:
         found: list[Softmax] = []
         for start, stop, height in run.chunks():
-            found.append(Softmax(targets[start:stop], height, wide(x.dtype)))
+            found.append(Softmax(run.targets[start:stop], height, wide(x.dtype)))
             sweep = _sweep(observer, run, start, stop)
             for block in logit_blocks(rows(x, start, stop), head, run.lora):
                 sweep.take(found[-1], *block)
@@ -251,20 +295,24 @@ class _LoraTargetLogprob(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        """d logp / d z = onehot(y) - softmax(z), times dLoss/dlogp."""
+        """d logp / d z = onehot(y) - softmax(z), times dLoss/dlogp, summed over a row's targets."""
         (x,) = ctx.saved_tensors
         head, lora = ctx.head, ctx.run.lora
         pair, scale = lora.adapter.weights.pairs[head.name], lora.adapter.scale
         gx = torch.zeros_like(x, memory_format=torch.contiguous_format)
         for (start, stop, height), softmax in zip(ctx.run.chunks(), ctx.found, strict=True):
-            part, g = rows(x, start, stop), grad_outputs[0][start:stop, None]
+            part, g = rows(x, start, stop), grad_outputs[0][start:stop]
             down = torch.mm(part, pair.A.t().to(x.dtype))
             gh = torch.zeros_like(down)
             into = rows(gx, start, stop)
             for first, end, z in logit_blocks(part, head, lora):
                 p = z.sub_(softmax.top[:height, None]).exp_().div_(softmax.total[:height, None])
                 inside, column = softmax.targets_in(first, end)
-                gz = p.neg_().scatter_add_(1, column, inside[:, None].to(p.dtype)).mul_(g.to(p.dtype)).to(x.dtype)
+                if g.shape[1] == 1:
+                    gz = p.neg_().scatter_add_(1, column, inside.to(p.dtype)).mul_(g.to(p.dtype)).to(x.dtype)
+                else:
+                    # Several may be the same token: each adds its own.
+                    gz = p.mul_(-g.sum(1, keepdim=True)).scatter_add_(1, column, inside * g.to(p.dtype)).to(x.dtype)
                 gh.addmm_(gz, pair.B[first:end].to(x.dtype))
                 into.addmm_(gz, head.weight[first:end])
                 if lora.gradient is not None:
@@ -274,7 +322,7 @@ class _LoraTargetLogprob(torch.autograd.Function):
             into.addmm_(gh, pair.A.to(x.dtype), alpha=scale)
             if into.data_ptr() != gx[start:stop].data_ptr():
                 gx[start:stop] = into
-        return gx, None, None, None, None, None
+        return gx, None, None, None, None
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -30,6 +30,6 @@ def activation_bytes_per_token(runtime: Runtime) -> int:
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
         positions = torch.arange(TRIAL_TOKENS, device=runtime.device)
         hidden = runtime.hidden(tokens, positions, plan)
-        target_logprobs(runtime, hidden, tokens, plan)
+        target_logprobs(runtime, hidden, [tokens[:, None]], plan)
         # Everything is alive up to here, so no address was counted for two tensors.
         return sum(kept.values()) // TRIAL_TOKENS

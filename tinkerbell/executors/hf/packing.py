@@ -1,6 +1,6 @@
 """Lays micro-batches of many adapters one after another, without padding, in packs of bounded size.
 
-Shapes: N tokens of one micro-batch, T rows of a pack.
+Shapes: N tokens of one micro-batch, K targets of each, T rows of a pack.
 """
 
 from collections.abc import Sequence
@@ -38,11 +38,11 @@ class MicroBatch:
     tokens: Tensor
     """[N] int64"""
     targets: Tensor
-    """[N] int64"""
+    """[N, K] int64"""
     positions: Tensor
     """[N] int64, from 0 in every datum."""
     inputs: dict[str, Tensor]
-    """Loss inputs, name -> [N] float32."""
+    """Loss inputs, name -> [N K] float32."""
     lengths: list[int]
     """Tokens of each datum."""
     gradient: Buffer | None = field(default=None)
@@ -52,6 +52,11 @@ class MicroBatch:
     def num_tokens(self) -> int:
         """N."""
         return len(self.tokens)
+
+    @property
+    def num_targets(self) -> int:
+        """K."""
+        return self.targets.shape[1]
 
     @property
     def gradient_bytes(self) -> int:
@@ -71,13 +76,15 @@ def micro_batch(unit: ForwardBackward, adapter: Adapter, info: ModelInfo, device
     names = sorted(set(unit.data[0].loss_inputs))
     if any(sorted(datum.loss_inputs) != names for datum in unit.data):
         raise InvalidRequest("all data of one request must carry the same loss inputs")
+    if len({len(datum.targets) // len(datum.tokens) for datum in unit.data}) > 1:
+        raise InvalidRequest("all data of one request must have as many targets for a token")
     lengths = [datum.num_tokens for datum in unit.data]
     return MicroBatch(
         unit=unit,
         adapter=adapter,
         loss=loss,
         tokens=_tensor([datum.tokens for datum in unit.data], "<i4", device).long(),
-        targets=_tensor([datum.targets for datum in unit.data], "<i4", device).long(),
+        targets=_tensor([datum.targets for datum in unit.data], "<i4", device).long().view(sum(lengths), -1),
         positions=torch.cat([torch.arange(length, device=device) for length in lengths]),
         inputs={name: _tensor([d.loss_inputs[name] for d in unit.data], "<f4", device) for name in names},
         lengths=lengths,
@@ -94,8 +101,9 @@ def _check(index: int, datum: Datum, loss: Loss, info: ModelInfo) -> None:
         raise InvalidRequest(f"data[{index}]: tokens must be int32, at least one")
     if n > info.max_length:
         raise InvalidRequest(f"data[{index}]: {n} tokens; this model takes at most {info.max_length}")
-    if len(datum.targets) != 4 * n:
-        raise InvalidRequest(f"data[{index}]: {n} tokens but {len(datum.targets) // 4} targets")
+    num_targets, rest = divmod(len(datum.targets), 4 * n)
+    if rest or num_targets < 1 or (num_targets > 1 and not loss.several_targets):
+        raise InvalidRequest(f"data[{index}]: {n} tokens but {len(datum.targets) / 4:g} targets")
     for name, ids in (("tokens", datum.tokens), ("targets", datum.targets)):
         check_token_ids(f"data[{index}].{name}", ids, info)
     missing = sorted(loss.required - set(datum.loss_inputs))
@@ -105,8 +113,10 @@ def _check(index: int, datum: Datum, loss: Loss, info: ModelInfo) -> None:
     if unknown:
         raise InvalidRequest(f"data[{index}]: the loss does not read `{unknown[0]}`")
     for name, array in datum.loss_inputs.items():
-        if len(array) != 4 * n:
-            raise InvalidRequest(f"data[{index}]: {n} tokens but {len(array) // 4} numbers in `{name}`")
+        if len(array) != len(datum.targets):
+            raise InvalidRequest(
+                f"data[{index}]: {len(datum.targets) // 4} targets but {len(array) / 4:g} numbers in `{name}`"
+            )
 
 
 def check_token_ids(where: str, ids: bytes, info: ModelInfo) -> None:
@@ -179,6 +189,6 @@ def arrange(
 
 
 def column(parts: Sequence[Tensor], num_rows: int) -> Tensor:
-    """[num_rows] int64: `parts` one after another, then zeros."""
+    """[num_rows] int64: `parts` [N] one after another, then zeros."""
     joined = torch.cat(list(parts))
     return torch.nn.functional.pad(joined, (0, num_rows - len(joined)))

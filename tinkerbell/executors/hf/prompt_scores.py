@@ -66,7 +66,7 @@ def score(runtime: Runtime, unit: Sample, adapter: Adapter | None, hidden: Tenso
             others = None if targets is None else targets[1:].to(hidden.device)
             rows = Rows(0, count, spec, runtime.head.out_features, like, others)
         observer = None if rows is None else partial(Sweep, [rows])
-        logprobs = target_logprobs(runtime, hidden, prompt[1:], plan, observer)
+        logprobs = target_logprobs(runtime, hidden, [prompt[1:, None]], plan, observer)
         if not bool(torch.isfinite(logprobs).all()) or not (rows is None or rows.finite()):
             raise NonFinite("the prompt's logprobs are not finite")
     scores = None

@@ -151,18 +151,17 @@ class Trainer:
         num_rows = rows.bounds[-1]
         if recompute or (self._max_kept_tokens is not None and num_rows > self._max_kept_tokens):
             rows = replace(rows, recompute=True)
-        sizes = [batch.num_tokens for batch in pack]
         with torch.set_grad_enabled(backward):
             hidden = self._runtime.hidden(
                 column([batch.tokens for batch in pack], num_rows),
                 column([batch.positions for batch in pack], num_rows),
                 rows,
             )
-            targets = column([batch.targets for batch in pack], num_rows)
+            targets = [batch.targets for batch in pack]
             wanted = self._outputs(pack, hidden)
             observer = partial(Sweep, [found for found in wanted if found is not None]) if any(wanted) else None
-            logprobs = target_logprobs(self._runtime, hidden, targets, rows, observer)[: sum(sizes)]
-        parts = torch.split(logprobs.detach(), sizes)
+            logprobs = target_logprobs(self._runtime, hidden, targets, rows, observer)
+        parts = torch.split(logprobs.detach(), [batch.targets.numel() for batch in pack])
         values = [_evaluate(batch, part) for batch, part in zip(pack, parts, strict=True)]
         if backward and any(isinstance(value, LossValue) for value in values):
             upstream = [
@@ -232,7 +231,7 @@ def _finite(flat: Tensor) -> bool:
 def _evaluate(batch: MicroBatch, logprobs: Tensor) -> LossValue | UnitFailed:
     """The loss of one micro-batch; whatever goes wrong in it is that unit's failure."""
     try:
-        value = evaluate(batch.loss, logprobs, batch.inputs, batch.lengths)
+        value = evaluate(batch.loss, logprobs, batch.inputs, [n * batch.num_targets for n in batch.lengths])
         numbers = (value.loss, *value.metrics.values())
         if not all(map(math.isfinite, numbers)) or not bool(torch.isfinite(value.gradient).all()):
             raise NonFinite(f"the loss `{batch.unit.loss.name}` of this request is not finite")
@@ -255,6 +254,9 @@ def _answer(batch: MicroBatch, value: LossValue | UnitFailed, logprobs: Tensor, 
         request=batch.unit.request,
         loss=value.loss,
         metrics=value.metrics,
-        logprobs=[part.numpy().tobytes() for part in torch.split(logprobs.float().cpu(), batch.lengths)],
+        logprobs=[
+            part.numpy().tobytes()
+            for part in torch.split(logprobs.float().cpu(), [n * batch.num_targets for n in batch.lengths])
+        ],
         outputs=None if outputs is None else outputs.split(batch.lengths),
     )
