@@ -63,6 +63,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_resident_adapters: Count = 256
     """Most adapters that the executor keeps while they are idle; those unused for longest leave it for the log, from
     where they come back when they are wanted."""
+    idle_adapter_s: Annotated[float, Meta(gt=0)] | None = 1800.0
+    """So does one that nobody used for so many seconds, such as that of a client that has vanished; None: it stays."""
     checkpoint_every_steps: Count = 200
     """Recovery points: at most this many optimizer steps are executed again after a crash,"""
     checkpoint_every_s: Annotated[float, Meta(gt=0)] | None = 300.0

@@ -732,6 +732,43 @@ def test_requests_that_race_with_the_removal_of_their_adapter_are_all_answered(s
         assert service.failed is None
 
 
+def test_an_adapter_whose_client_vanished_leaves_the_executor_and_comes_back(store, serve):
+    """With a step no checkpoint has, and a gradient on top; its neighbour, which works on, stays."""
+    gone, works, undisturbed = (Asker(store, "alice", f"ad_{name}") for name in ("gone", "works", "undisturbed"))
+    begun = [datum(random.Random(n), 8) for n in range(3)]
+
+    def begin(asker: Asker) -> None:
+        asker.add_lora(seed=4)
+        asker.train(begun[:1])
+        asker.step()
+        asker.train(begun[1:2])
+        asker.answers()
+
+    def go_on(asker: Asker) -> None:
+        asker.train(begun[2:])
+        asker.step()
+        asker.answers()
+
+    service = serve(idle_adapter_s=1.0)
+    begin(gone)
+    works.add_lora()
+
+    def is_gone() -> bool:
+        works.sample()
+        works.answers()
+        assert "ad_works" in service._leader._residency
+        return "ad_gone" not in service._leader._residency
+
+    wait_until(is_gone)
+    wait_until(lambda: types_of(store, "checkpoint.written") != [])
+    (written,) = types_of(store, "checkpoint.written")
+    assert (written.adapter, written.event.step) == ("ad_gone", 1)
+    go_on(gone)
+    begin(undisturbed)
+    go_on(undisturbed)
+    assert gone.digest() == undisturbed.digest()
+
+
 def test_an_adapter_that_rests_gets_a_recovery_point_in_time(store, serve):
     serve(checkpoint_every_steps=1000, checkpoint_every_s=0.3)
     asker = Asker(store, "alice", "ad_rests")

@@ -1,6 +1,8 @@
 """Bounds what the executor holds: adapters that nobody asked for lately leave it, and come back from the log."""
 
 import logging
+import math
+import time
 
 from tinkerbell.executors.link import ExecutorLink
 from tinkerbell.scheduler.checkpoints import Checkpoints
@@ -13,22 +15,30 @@ log = logging.getLogger("tinkerbell.scheduler")
 class Eviction:
     """Least recently used first; never one that has work waiting."""
 
-    def __init__(self, residency: Residency, checkpoints: Checkpoints, most_adapters: int) -> None:
+    def __init__(
+        self, residency: Residency, checkpoints: Checkpoints, most_adapters: int, idle_s: float | None
+    ) -> None:
         self._residency = residency
         self._checkpoints = checkpoints
         self._most_adapters = most_adapters
+        self._idle_s = math.inf if idle_s is None else idle_s
 
     async def make_room(self, link: ExecutorLink, pending: Pending) -> None:
-        """Let adapters go until at most `most_adapters` are left, if so many are idle.
+        """Let adapters go that were idle for `idle_s`, and others until at most `most_adapters` are left, if so many
+        are idle.
 
         One with steps that no checkpoint holds gets a recovery point first. Gradients since its last step are not in
         it: they are computed again from the log when the adapter is wanted. Raises ExecutorDied.
         """
         excess = len(self._residency) - self._most_adapters
-        if excess <= 0:
+        by_use = self._residency.by_use()
+        forgotten_s = time.monotonic() - self._idle_s
+        if excess <= 0 and not (by_use and by_use[0].used_s <= forgotten_s):
             return
-        idle = [r for r in self._residency.by_use() if pending.queue(r.tenant, r.adapter) is None]
-        for resident in idle[:excess]:
+        idle = [r for r in by_use if pending.queue(r.tenant, r.adapter) is None]
+        for n, resident in enumerate(idle):
+            if n >= excess and resident.used_s > forgotten_s:
+                return
             if resident.steps_ahead:
                 await self._checkpoints.write(link, resident)
             await link.remove(resident.adapter)

@@ -74,7 +74,9 @@ class Leader:
         self._checkpoints = Checkpoints(
             self._journal, self._residency, settings.checkpoint_every_steps, settings.checkpoint_every_s
         )
-        self._eviction = Eviction(self._residency, self._checkpoints, settings.max_resident_adapters)
+        self._eviction = Eviction(
+            self._residency, self._checkpoints, settings.max_resident_adapters, settings.idle_adapter_s
+        )
         self._settlement = Settlement(cost, self._shares, self._residency)
         every_h = settings.seal_every_hours
         self._sealer = Sealer(store, lease, None if every_h is None else every_h * 3600)

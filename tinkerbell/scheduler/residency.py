@@ -1,6 +1,7 @@
 """Which adapters the executor process holds, and how far each is past its last recovery point."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 from tinkerbell.types import AdapterId, TenantId
 
@@ -23,6 +24,8 @@ class Resident:
     """Optimizer steps since the last checkpoint."""
     ahead_since_s: float | None = None
     """When the first of them was seen, by the event loop's clock."""
+    used_s: float = field(default_factory=time.monotonic)
+    """When it was last in a batch."""
 
     def stepped(self, seq: int, position: int, step: int, state_digest: str) -> None:
         """It took an optimizer step."""
@@ -52,7 +55,8 @@ class Residency:
     def use(self, adapter: AdapterId | None) -> None:
         """It is in a batch now."""
         if adapter in self._residents:
-            self._residents[adapter] = self._residents.pop(adapter)
+            resident = self._residents[adapter] = self._residents.pop(adapter)
+            resident.used_s = time.monotonic()
 
     def by_use(self) -> list[Resident]:
         """Those used longest ago first."""
