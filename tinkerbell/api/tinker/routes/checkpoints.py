@@ -1,0 +1,179 @@
+"""Checkpoints: what is there, how long it stays, where to fetch it."""
+
+import asyncio
+import time
+from typing import Any
+
+from litestar import Request, Router, delete, get, post, put
+from litestar.di import NamedDependency, Provide
+from litestar.params import FromPath, JSONBody
+from litestar.response import Response
+
+from tinkerbell.api import archive
+from tinkerbell.api.auth import PUBLIC, Principal
+from tinkerbell.api.context import Context
+from tinkerbell.api.paging import Limit, Offset, page
+from tinkerbell.api.tinker import downloads, names, reading
+from tinkerbell.api.tinker import messages as m
+from tinkerbell.api.tinker.base import base_model
+from tinkerbell.api.tinker.catalog import Catalog, ask, now_us
+from tinkerbell.api.tinker.dependencies import Submit
+from tinkerbell.api.views import rfc3339
+from tinkerbell.errors import InvalidRequest, NotFound
+from tinkerbell.events.rows import CheckpointRow
+from tinkerbell.types import TARGET_PRESETS
+
+
+@get("/training_runs/{run_id:str}/checkpoints")
+async def list_checkpoints_of_run(
+    run_id: FromPath[str], context: NamedDependency[Context], principal: NamedDependency[Principal]
+) -> dict[str, Any]:
+    """Newest first."""
+
+    def read(catalog: Catalog) -> dict[str, Any]:
+        rows = catalog.checkpoints(catalog.adapter(run_id).id)
+        return {"checkpoints": [reading.checkpoint(row) for row in rows], "cursor": None}
+
+    return await ask(context, principal, read)
+
+
+@get("/checkpoints")
+async def list_checkpoints(
+    context: NamedDependency[Context], principal: NamedDependency[Principal], limit: Limit = 100, offset: Offset = 0
+) -> dict[str, Any]:
+    """Of all runs, newest first."""
+
+    def read(catalog: Catalog) -> dict[str, Any]:
+        rows = catalog.checkpoints()
+        return {
+            "checkpoints": [reading.checkpoint(row) for row in page(rows, limit, offset)],
+            "cursor": {"offset": offset, "limit": limit, "total_count": len(rows)},
+        }
+
+    return await ask(context, principal, read)
+
+
+async def provide_checkpoint(
+    run_id: FromPath[str],
+    kind: FromPath[str],
+    name: FromPath[str],
+    context: NamedDependency[Context],
+    principal: NamedDependency[Principal],
+) -> CheckpointRow:
+    """The one that the path names. Raises NotFound, InvalidRequest."""
+    return await ask(context, principal, lambda catalog: catalog.at(run_id, kind, name))
+
+
+@delete("/", status_code=204)
+async def delete_checkpoint(checkpoint: NamedDependency[CheckpointRow], submit: NamedDependency[Submit]) -> None:
+    """Nobody can use it from now on; `tinkerbell db compact` frees its bytes."""
+    await submit(None).change_checkpoint(checkpoint, deleted=True)
+
+
+@post("/publish", status_code=204)
+async def publish_checkpoint(checkpoint: NamedDependency[CheckpointRow], submit: NamedDependency[Submit]) -> None:
+    """Marks it; tenants see their own checkpoints only, published or not."""
+    await submit(None).change_checkpoint(checkpoint, published=True)
+
+
+@delete("/publish", status_code=204)
+async def unpublish_checkpoint(checkpoint: NamedDependency[CheckpointRow], submit: NamedDependency[Submit]) -> None:
+    """Takes the mark back."""
+    await submit(None).change_checkpoint(checkpoint, published=False)
+
+
+@put("/ttl", status_code=204)
+async def set_ttl(
+    data: JSONBody[m.Ttl], checkpoint: NamedDependency[CheckpointRow], submit: NamedDependency[Submit]
+) -> None:
+    """From now on; none keeps it for good."""
+    expires_us = None if data.ttl_seconds is None else now_us() + data.ttl_seconds * 1_000_000
+    await submit(None).change_checkpoint(checkpoint, expires_us=expires_us)
+
+
+@get("/external_weights_urls")
+async def external_weights_urls(
+    request: Request[Any, Any, Any], checkpoint: NamedDependency[CheckpointRow], context: NamedDependency[Context]
+) -> dict[str, Any]:
+    """Addresses of a PEFT directory's files; whoever has one can fetch it until it expires."""
+    if checkpoint.use != "external":
+        raise InvalidRequest(
+            f"{names.KINDS[checkpoint.use]} have no addresses; save_weights_external makes a checkpoint that has."
+        )
+    expires_s = int(time.time()) + downloads.VALID_S
+    base = str(request.base_url).rstrip("/")
+
+    def read() -> dict[str, str]:
+        files = archive.files_of(checkpoint, with_optimizer=False)
+        context.store.require_blobs(files.values())
+        return {
+            file: f"{base}/api/v1/downloads/"
+            + downloads.issue(context.store, downloads.Ticket(checkpoint.tenant, checkpoint.id, file, expires_s))
+            for file in files
+        }
+
+    return {"urls": await asyncio.to_thread(read), "expires": rfc3339(expires_s * 1_000_000)}
+
+
+@get("/downloads/{ticket:str}", opt=PUBLIC)
+async def download(ticket: FromPath[str], context: NamedDependency[Context]) -> Response[bytes]:
+    """A file of a checkpoint."""
+
+    def read() -> bytes:
+        found = downloads.redeem(context.store, ticket)
+        row = context.store.queries.checkpoint(found.tenant, found.checkpoint)
+        if row is None or not row.is_usable(now_us()):
+            raise NotFound("There is no such download.")
+        return context.store.blob(archive.files_of(row, with_optimizer=False)[found.file])
+
+    return Response(await asyncio.to_thread(read), media_type="application/octet-stream")
+
+
+@post("/weights_info", status_code=200)
+async def weights_info(
+    data: JSONBody[m.WeightsInfo], context: NamedDependency[Context], principal: NamedDependency[Principal]
+) -> dict[str, Any]:
+    """What a path leads to."""
+    path = names.parse_path(data.tinker_path)
+
+    def read(catalog: Catalog) -> dict[str, Any]:
+        lora = catalog.at(path.model, names.KINDS[path.use], path.name).lora
+
+        def trains(preset: str) -> bool:
+            return any(target in (preset, *TARGET_PRESETS[preset]) for target in lora.targets) or (
+                preset in ("attention", "mlp") and "all-linear" in lora.targets
+            )
+
+        return {
+            "base_model": base_model(context.model()),
+            "is_lora": True,
+            "lora_rank": lora.rank,
+            "train_unembed": trains("unembed"),
+            "train_mlp": trains("mlp"),
+            "train_attn": trains("attention"),
+            "optimizer_config": {"type": "adamw"},
+        }
+
+    return await ask(context, principal, read)
+
+
+router = Router(
+    path="/",
+    route_handlers=[
+        list_checkpoints_of_run,
+        list_checkpoints,
+        download,
+        weights_info,
+        Router(
+            path="/training_runs/{run_id:str}/checkpoints/{kind:str}/{name:str}",
+            route_handlers=[
+                delete_checkpoint,
+                publish_checkpoint,
+                unpublish_checkpoint,
+                set_ttl,
+                external_weights_urls,
+            ],
+            dependencies={"checkpoint": Provide(provide_checkpoint)},
+        ),
+    ],
+)
