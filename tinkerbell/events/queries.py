@@ -13,6 +13,7 @@ from tinkerbell.events.rows import (
     AdapterRow,
     CheckpointRow,
     FutureRow,
+    HourOfUsage,
     KeyRow,
     Row,
     RunCounts,
@@ -232,6 +233,16 @@ class Queries:
         if tenant is not None:
             query = query.where(c.tenant == tenant)
         return [_row(UsageRow, {**row, "adapter": row["adapter"] or None}) for row in self._all(query)]
+
+    def usage_by_hour(self, tenant: str, begin_us: int, end_us: int) -> list[HourOfUsage]:
+        """Of hours that begin in [begin_us, end_us), by hour, adapter and kind."""
+        c = t.usage.c
+        query = (
+            sa.select(*_columns(t.usage, HourOfUsage))
+            .where(c.tenant == tenant, c.hour_us >= begin_us, c.hour_us < end_us)
+            .order_by(c.hour_us, c.adapter, c.kind)
+        )
+        return [_row(HourOfUsage, row) for row in self._all(query)]
 
     def recent_usage(self, since_us: int, tenant: str | None = None) -> dict[str, tuple[int, int]]:
         """Tenant -> (cost_us, tokens in and out) of what was answered after `since_us`."""

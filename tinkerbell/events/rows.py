@@ -133,6 +133,20 @@ class TenantRow(Row, frozen=True, kw_only=True):
     max_adapters: int | None = None
 
 
+class HourOfUsage(Row, frozen=True, kw_only=True):
+    """What was answered of one adapter and kind within an hour."""
+
+    hour_us: int
+    """Its start."""
+    adapter: str
+    """Empty: the base model."""
+    kind: str
+    num_requests: int
+    tokens_in: int
+    tokens_out: int
+    cost_us: int
+
+
 class UsageRow(Row, frozen=True, kw_only=True):
     """What was answered and what it cost, by adapter and kind of request."""
 

@@ -5,10 +5,10 @@ from litestar.exceptions import HTTPException
 
 from tinkerbell.api.tinker import problems
 from tinkerbell.api.tinker.dependencies import PROVIDERS
-from tinkerbell.api.tinker.routes import checkpoints, futures, runs, sampling, service, training
+from tinkerbell.api.tinker.routes import accounts, checkpoints, futures, runs, sampling, service, training
 from tinkerbell.errors import TinkerbellError
 
-MODULES = (service, training, sampling, futures, runs, checkpoints)
+MODULES = (service, training, sampling, futures, runs, checkpoints, accounts)
 
 
 def router() -> Router:

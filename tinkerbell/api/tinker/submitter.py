@@ -272,6 +272,10 @@ class TinkerSubmitter(TinkerSubmitting):
         ended = self._event(kinds.SessionEnded(session=session, reason=reason, detail=detail), f"tinker:end:{session}")
         await self._write(ended)
 
+    async def revoke_key(self, key_id: str) -> None:
+        """A key of the caller's."""
+        await self._write(self._event(kinds.KeyRevoked(key_id=key_id), None))
+
     async def change_checkpoint(
         self,
         row: CheckpointRow,

@@ -18,7 +18,7 @@ from google.protobuf import json_format
 from tests.support.server import fake_server
 from tinkerbell.api.tinker import wire_pb2 as pb
 
-EXCHANGES = Path(__file__).parent.parent / "golden" / "tinker"
+EXCHANGES = Path(__file__).parents[2] / "golden" / "tinker"
 MODEL = "fake"
 
 LEFT_OUT = {
