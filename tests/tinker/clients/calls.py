@@ -8,6 +8,7 @@ import sys
 import urllib.request
 import warnings
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
@@ -64,6 +65,16 @@ def calls(wait: Callable[[Any], Any]) -> None:
             inputs = policy | ({"sequence_ratio_mask": ones} if loss == "gspo" else {})
             result = wait(training.forward_backward([datum(**inputs)], loss, loss_fn_config=config))
             ok(loss, "loss:sum" in result.metrics)
+
+        soft = {"target_tokens": torch.zeros(len(ones), 20, dtype=torch.long), "weights": torch.zeros(len(ones), 20)}
+        soft["target_tokens"][:, 0], soft["weights"][:, 0] = torch.tensor(ids[1:]), 1.0
+        for layout in (types.TensorData.from_torch, types.TensorData.from_torch_sparse):
+            inputs = {name: layout(array) for name, array in soft.items()}
+            result = wait(training.forward([datum(**inputs)], "cross_entropy"))
+            logprobs = result.loss_fn_outputs[0]["logprobs"]
+            ok(f"several targets {len(done)}", list(logprobs.shape) == [len(ones), 20])
+            plain = second.loss_fn_outputs[0]["logprobs"].to_numpy()
+            ok(f"of the tokens {len(done)}", np.allclose(logprobs.to_torch()[:, 0], plain, atol=1e-5))
 
         def square(_: Any, logprobs: Any) -> Any:
             loss = sum((each**2).mean() for each in logprobs)
@@ -156,6 +167,14 @@ def calls(wait: Callable[[Any], Any]) -> None:
         urls = wait(rest.get_external_weights_urls(external.path)).urls
         config = json.loads(urllib.request.urlopen(urls["adapter_config.json"]).read())
         ok("download", config["r"] == 8)
+        admin = tinker.AdminClient()
+        hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+        usage = wait(admin.get_billing_usage(hour - timedelta(hours=1), hour + timedelta(hours=1))).data
+        kinds = {event.event_info.type for event in usage if event.session_id == session}
+        ok("billing", kinds == {"training", "sampling_prefill", "sampling_sample", "checkpoint"})
+        ok("storage", wait(admin.get_current_checkpoint_storage_usage()).data[0].checkpoint_count >= 3)
+        entries = [entry for entry in wait(admin.get_audit_log()).entries if entry.tinker_path == state.path]
+        ok("audit", [entry.event for entry in entries] == ["save_requested"])
         wait(rest.delete_checkpoint_from_tinker_path(named.path))
         ok("delete", len(wait(rest.list_checkpoints(training.model_id)).checkpoints) == 2)
 

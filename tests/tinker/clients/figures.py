@@ -69,15 +69,16 @@ reference = [-30.0, -60.0]
 
 def dpo(_: Any, logprobs: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
     gain = (logprobs[0].sum() - reference[0]) - (logprobs[1].sum() - reference[1])
-    loss = -torch.nn.functional.logsigmoid(0.01 * gain)
+    loss = -torch.nn.functional.logsigmoid(0.1 * gain)
     return loss, {"dpo": float(loss)}
 
 
 training.forward_backward_custom([datum(chosen), datum(rejected)], dpo).result()
-step = types.AdamParams(learning_rate=0.5, beta1=0.0, beta2=0.0, eps=1.0)
+step = types.AdamParams(learning_rate=10.0, beta1=0.0, beta2=0.0, eps=1.0)
 norm = training.optim_step(step).result().metrics["grad_norm"]
 download("after")
 print(json.dumps({
     "ids": ids, "logprobs": forward.loss_fn_outputs[0]["logprobs"].to_numpy().tolist(), "ratios": ratios,
-    "chosen": chosen, "rejected": rejected, "reference": reference, "learning_rate": 0.5, "grad_norm": norm,
+    "chosen": chosen, "rejected": rejected, "reference": reference,
+    "learning_rate": step.learning_rate, "grad_norm": norm,
 }))  # fmt: skip
