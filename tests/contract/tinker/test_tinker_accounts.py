@@ -56,6 +56,15 @@ def test_bad_windows_are_named(tinker: Tinker, begin: datetime, end: datetime, d
     assert found.status_code == 400 and detail in found.json()["detail"]
 
 
+@pytest.mark.parametrize("at", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:00:00-12:00", "9999-12-31T23:00:00Z"])
+def test_the_ends_of_time(tinker: Tinker, at: str) -> None:
+    for begin, end in ((at, at), (at, "2026-01-01T00:00:00Z"), ("2026-01-01T00:00:00Z", at)):
+        params = {"starting_on": begin, "ending_before": end}
+        assert tinker.call("GET", "billing/usage/events", params=params).status_code == 400
+    for day in ("0001-01-01", "9999-12-31"):
+        assert tinker.call("GET", "audit", params={"day": day}).json() == {"entries": []}
+
+
 def test_storage_is_what_can_be_used(tinker: Tinker) -> None:
     assert tinker.call("GET", "billing/usage/checkpoints/current").json() == {"data": []}
     model = tinker.model()

@@ -24,6 +24,8 @@ from tinkerbell.events.store import EventStore
 LONGEST_BILL = timedelta(days=14)
 MOST_ENTRIES = 10_000
 GIGABYTE = 1_000_000_000
+HOUR_US = 3_600_000_000
+DAY_US = 24 * HOUR_US
 
 AUDITED: dict[str, tuple[str, ...]] = {
     "checkpoints": ("save.requested", "load.requested", "checkpoint.changed"),
@@ -110,7 +112,10 @@ async def revoke_key(principal: NamedDependency[Principal], submit: NamedDepende
 
 
 def _hour(name: str, at: datetime) -> datetime:
-    utc = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    try:
+        utc = at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    except OverflowError as error:
+        raise InvalidRequest(f"{name} is {at.isoformat()}, which is no time that UTC has.") from error
     if utc != utc.replace(minute=0, second=0, microsecond=0):
         raise InvalidRequest(f"{name} is {at.isoformat()}; it must be a full hour.")
     return utc
@@ -124,7 +129,7 @@ def _buckets(row: HourOfUsage, model: str) -> list[dict[str, Any]]:
     session = names.session_of(row.adapter) if row.adapter and ":" in row.adapter else None
     envelope = {
         "bucket_start": rfc3339(row.hour_us),
-        "bucket_end": rfc3339(row.hour_us + 3_600_000_000),
+        "bucket_end": rfc3339(row.hour_us + HOUR_US),
         "base_model": model,
         "session_id": session,
     }
@@ -145,7 +150,8 @@ def _buckets(row: HourOfUsage, model: str) -> list[dict[str, Any]]:
 
 def _entries(store: EventStore, tenant: str, types: tuple[str, ...], begin: datetime) -> list[dict[str, Any]]:
     """Of the 24 hours from `begin`, oldest first. Raises TooLarge."""
-    begin_us, end_us = _us(begin), _us(begin + timedelta(days=1))
+    begin_us = _us(begin)
+    end_us = begin_us + DAY_US
     found: list[dict[str, Any]] = []
     after = 0
     while page := store.read(after, limit=_PAGE, tenant=tenant, types=types):
