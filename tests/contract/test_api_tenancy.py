@@ -77,6 +77,7 @@ class World:
             "checkpoint": ids.get("checkpoint_id"),
             "future_id": int(ids.get("future_id", 0)),
             "data": [datum()],
+            "num_targets": 1,
             "prompt": [1, 2],
             "params": {"max_tokens": 1},
         }
