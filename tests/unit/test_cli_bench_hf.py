@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,12 @@ def test_variants_take_turns_and_the_least_counts() -> None:
     costs = compare({"slow": slow}, 2, fresh=lambda: seen.append("fresh"))
     assert seen[4:] == ["fresh", "slow", "slow"]
     assert costs["slow"].peak_bytes is not None
+
+
+def test_a_turn_may_be_several_calls_in_a_row() -> None:
+    seen: list[str] = []
+    compare({name: partial(seen.append, name) for name in "ab"}, 2, calls=3)
+    assert "".join(seen) == "aaabbb" * 2
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are reset through Linux's /proc")

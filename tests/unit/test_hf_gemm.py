@@ -55,6 +55,29 @@ def test_a_row_has_its_bits_at_every_place_in_every_pass(threads: int, data: st.
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("function", ["silu", "gelu", "silu_backward"])
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_rows_of_whole_vectors_share_an_activation(function: str, threads: int, data: st.DataObject) -> None:
+    def apply(x: torch.Tensor) -> torch.Tensor:
+        if function == "silu_backward":
+            return torch.ops.aten.silu_backward(torch.ones_like(x), x)
+        return getattr(torch.nn.functional, function)(x)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        width = data.draw(st.sampled_from([128, 640, 1536]))
+        assert gemm.in_whole_vectors(width) and not gemm.in_whole_vectors(width + 8)
+        mine = torch.randn(data.draw(st.integers(1, 40)), width)
+        ahead, behind = (torch.randn(data.draw(st.integers(0, 300)), width) for _ in range(2))
+        together = apply(torch.cat([ahead, mine, behind]))
+        assert torch.equal(together[len(ahead) : len(ahead) + len(mine)], apply(mine))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_heights_that_round_otherwise_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trial must be able to fail: as a whole, and for one height."""
     honest = gemm.mm_split

@@ -7,6 +7,9 @@ from functools import partial
 
 from tinkerbell.cli.bench.memory import peak_bytes
 
+TURN_S = 10.0
+"""A turn begins no further call after so long."""
+
 
 @dataclass(slots=True)
 class Cost:
@@ -30,19 +33,28 @@ def compare(
     variants: Mapping[str, Callable[[], object]],
     repeats: int,
     *,
+    calls: int = 1,
     fresh: Callable[[], object] | None = None,
     each_turn: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Cost]:
     """The cost of each. With `fresh` the first turn also measures the peak memory of each variant, from where `fresh`
-    leaves the process; memory taken anew makes that turn a little slower."""
+    leaves the process.
+
+    A turn is up to `calls` calls in a row: a variant finds caches and memory as another left them, and only from its
+    second call on as it leaves them itself, as in a loop that does nothing else.
+    """
     costs = {name: Cost() for name in variants}
     for turn in range(repeats):
         for name, call in variants.items():
             cost = costs[name]
+            began = time.perf_counter()
             if turn == 0 and fresh is not None:
                 fresh()
                 cost.peak_bytes = peak_bytes(partial(cost.add, call))
             else:
                 cost.add(call)
+            for _ in range(calls - 1):
+                if time.perf_counter() - began < TURN_S:
+                    cost.add(call)
             each_turn(name)
     return costs

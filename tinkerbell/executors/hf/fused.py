@@ -57,7 +57,7 @@ class SwiGLUFn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, apart: tuple[int, ...]) -> Tensor:
-        """gate and up [1, T, F] -> [1, T, F]; `apart`: bounds of micro-batches, as in `hooks.SplitRows`."""
+        """gate and up [1, T, F] -> [1, T, F]; `apart`: as in `hooks.SplitRows`, see `Pass.vectors_apart`."""
         ctx.apart = apart
         ctx.save_for_backward(gate, up)
         return _silu(gate, apart).mul_(up)
@@ -137,7 +137,7 @@ def _fuse_gate(module: nn.Module, runtime: Runtime) -> None:
     apply: Callable[..., Tensor] = SwiGLUFn.apply
 
     def forward(x: Tensor) -> Tensor:
-        y: Tensor = down(apply(gate(x), up(x), runtime.current.apart))
+        y: Tensor = down(apply(gate(x), up(x), runtime.current.vectors_apart(weight.shape[0])))
         return y
 
     trial = _random(1, 4, weight.shape[1], like=weight)

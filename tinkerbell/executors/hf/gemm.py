@@ -7,12 +7,16 @@ can be cut and joined at will. Which do is tried out on the model's own weights 
 Shapes: T rows of a pass, K inner size, N columns, O and I output and input features of a layer.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+LANES = 64
+"""No kernel's loop over vectors takes more numbers at once."""
 
 Product = Callable[[Tensor, tuple[int, ...]], Tensor]
 """x [T, K] and where to cut it -> [T, N]."""
@@ -23,12 +27,12 @@ GRAIN = 8
 HEIGHTS = (256, 128, 64, 32, 16, 8)
 """Tried out first: any pass can be cut into these."""
 
-TALLEST = 512
+TALLEST = 528
 """A product of more rows gains nothing on a CPU."""
 
-BLOCK = 2048
+BLOCK = 1024
 """Columns of the unembedding in one product: all at once, rearranging the weights costs as much as a product of few
-rows."""
+rows; and logits that do not fit into the cache are read from memory for every step of their softmax."""
 
 
 def rows(x: Tensor, start: int, stop: int) -> Tensor:
@@ -37,7 +41,11 @@ def rows(x: Tensor, start: int, stop: int) -> Tensor:
     A GEMM may take another path, with other rounding, for another alignment of its operands; the slice has to
     look as it does when it begins its own tensor.
     """
-    part = x[start:stop]
+    return aligned(x[start:stop])
+
+
+def aligned(part: Tensor) -> Tensor:
+    """See `rows`."""
     return part if part.is_cuda or part.data_ptr() % 64 == 0 else part.clone()
 
 
@@ -70,6 +78,12 @@ def mm_few(x: Tensor, weight: Tensor, bounds: tuple[int, ...]) -> Tensor:
 def softmax_in_place(z: Tensor) -> Tensor:
     """z [C, V] becomes its softmax, each row by itself: this kernel's vector loops begin anew with every row."""
     return torch.softmax(z, -1, out=z)
+
+
+def in_whole_vectors(width: int) -> bool:
+    """Whether a kernel that works on vectors, whatever number of threads it uses, leaves none of the numbers of rows so
+    wide to the remainder of a loop, which may round otherwise."""
+    return width % (LANES * math.lcm(*range(1, torch.get_num_threads() + 1))) == 0
 
 
 def filled(num_rows: int) -> int:
@@ -116,18 +130,20 @@ class Heights:
         A height that was not used before is tried out first. `alike` must hold.
         """
         found = [0]
-        while num_rows - found[-1] > TALLEST and self._keeps_bits(TALLEST):
-            found.append(found[-1] + TALLEST)
-        start = found.pop()
-        rest = num_rows - start
-        return (*found, *(start + cut for cut in ((0, rest) if self._keeps_bits(rest) else cuts(rest))))
+        # About even: products of a short rest run at a poor rate.
+        even = filled(-(-num_rows // -(-num_rows // TALLEST)))
+        while found[-1] < num_rows:
+            start = found[-1]
+            height = min(even, num_rows - start)
+            found += [start + cut for cut in ((height,) if self._keeps_bits(height) else cuts(height)[1:])]
+        return tuple(found)
 
     def _keeps_bits(self, height: int) -> bool:
         if height in HEIGHTS:
             return True
         key = (torch.get_num_threads(), height)
         if key not in self._known:
-            self._known[key] = height <= TALLEST and all(
+            self._known[key] = all(
                 _cut_alike(product, width, height, like) for product, width, like in self._products()
             )
         return self._known[key]

@@ -18,16 +18,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from tinkerbell.executors.hf.gemm import BLOCK, Heights, filled, rows, softmax_in_place
+from tinkerbell.executors.hf.gemm import BLOCK, LANES, Heights, filled, rows, softmax_in_place
 from tinkerbell.executors.hf.lora import MultiLoraLinear, accumulate
 from tinkerbell.executors.hf.runtime import Pass, RowRange, Runtime
 
 CHUNK_ROWS = 512
 """C where a micro-batch goes through the head by itself. Part of what decides bits, hence no option."""
-
-LANES = 64
-"""Numbers of one row each lie in vectors filled up to a multiple of this, so that no kernel treats some of them in a
-remainder loop."""
 
 
 class Run(NamedTuple):
@@ -130,6 +126,7 @@ class Softmax:
         """targets [N, K], N <= C = `height`; `dtype` of the logits."""
         self.height = height
         self._targets = torch.nn.functional.pad(targets, (0, 0, 0, height - len(targets)))
+        # Filled up, so that no number is in the remainder of a loop over vectors.
         lanes = -(-height // LANES) * LANES
         self.top = torch.full((lanes,), -torch.inf, dtype=dtype, device=targets.device)
         """The largest logit."""
@@ -208,13 +205,14 @@ def _swept(
     for start, stop, height in run.chunks():
         part = chunk_rows(x, start, stop, height)
         mean: Tensor | None = None
+        product = torch.empty_like(part)
         softmax = Softmax(run.targets[start:stop], height, wide(x.dtype))
         sweep = _sweep(observer, run, start, stop)
         for first, end, z in logit_blocks(part, head, None):
             p, old, new = sweep.take(softmax, first, end, z)
             if with_mean:
-                term = torch.mm(p.to(x.dtype), head.weight[first:end]).to(p.dtype).mul_(new)
-                mean = term if mean is None else mean.mul_(old).add_(term)
+                term = torch.mm(p.to(x.dtype), head.weight[first:end], out=product).to(p.dtype).mul_(new)
+                mean = term.clone() if mean is None else mean.mul_(old).add_(term)
         sweep.finish(softmax)
         yield start, stop, softmax, None if mean is None else mean.div_(softmax.total[:height, None])[: stop - start]
 

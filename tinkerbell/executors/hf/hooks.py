@@ -1,5 +1,6 @@
 """Turns a loaded Hugging Face causal language model into a Runtime, in place; refuses what cannot be hooked."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -95,8 +96,8 @@ def _hook(name: str, module: nn.Module, runtime: Runtime) -> nn.Module:
 
 
 class SplitRows(nn.Module):
-    """An activation, applied to each micro-batch by itself: vector and remainder loops of a kernel round
-    differently, and which element falls into which depends on the number of rows."""
+    """An activation, applied to each micro-batch by itself unless rows are whole vectors: vector and remainder loops of
+    a kernel round differently, and which element falls into which depends on the number of rows."""
 
     def __init__(self, base: nn.Module, runtime: Runtime) -> None:
         super().__init__()
@@ -105,11 +106,12 @@ class SplitRows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., T, F] -> [..., T, F]"""
-        plan = self._runtime.current
-        if len(plan.apart) == 2:
+        bounds = self._runtime.current.vectors_apart(x.shape[-1])
+        if len(bounds) == 2:
             whole: Tensor = self.base(x)
             return whole
-        return torch.cat([self.base(part) for part in torch.split(x, plan.sizes, -2)], -2)
+        sizes = [stop - start for start, stop in pairwise(bounds)]
+        return torch.cat([self.base(part) for part in torch.split(x, sizes, -2)], -2)
 
 
 class SplitRotary(nn.Module):

@@ -4,13 +4,13 @@ Shapes: T rows, I input features, O output features, R rank.
 y = x W^T + bias, and for the rows of each range: y += scale (x A^T) B^T (Hu et al. 2021, arXiv 2106.09685).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tinkerbell.executors.hf.gemm import mm_few, mm_split, rows
+from tinkerbell.executors.hf.gemm import aligned, mm_few, mm_split
 
 if TYPE_CHECKING:
     from tinkerbell.executors.hf.runtime import RowRange, Runtime
@@ -64,10 +64,10 @@ class MultiLoraFn(torch.autograd.Function):
         if bias is not None:
             y += bias
         down: list[Tensor] = []
-        for r in ranges:
+        for r, x_r, y_r in zip(ranges, _parts(x, ranges), _parts(y, ranges), strict=True):
             pair = r.adapter.weights.pairs[name]
-            h = torch.mm(rows(x, r.start, r.stop), pair.A.t().to(x.dtype))
-            add_rows(y, r.start, r.stop, h, pair.B.t().to(x.dtype), r.adapter.scale)
+            h = torch.mm(aligned(x_r), pair.A.t().to(x.dtype))
+            _add(y_r, h, pair.B.t().to(x.dtype), r.adapter.scale)
             down.append(h)
         ctx.name, ctx.ranges, ctx.bounds = name, ranges, bounds
         # x is kept for the gradients of A only; without a LoRA here that is nothing.
@@ -81,26 +81,39 @@ class MultiLoraFn(torch.autograd.Function):
         x, weight, *down = ctx.saved_tensors
         gy = gy.contiguous()  # so that a slice has the same strides whatever the number of rows
         gx = mm_split(gy, weight, ctx.bounds) if ctx.needs_input_grad[0] else None
-        for r, h in zip(ctx.ranges, down, strict=True):
+        nothing: list[None] = [None] * len(down)
+        xs = nothing if x is None else _parts(x, ctx.ranges)
+        gxs = nothing if gx is None else _parts(gx, ctx.ranges)
+        for r, h, x_r, g_r, gx_r in zip(ctx.ranges, down, xs, _parts(gy, ctx.ranges), gxs, strict=True):
             pair = r.adapter.weights.pairs[ctx.name]
-            g = rows(gy, r.start, r.stop)
+            g = aligned(g_r)
             gh = torch.mm(g, pair.B.to(g.dtype))
-            if r.gradient is not None:
+            if r.gradient is not None and x_r is not None:
                 into = r.gradient.pairs[ctx.name]
                 accumulate(into.B, g.t(), h, r.adapter.scale)
-                accumulate(into.A, gh.t(), rows(x, r.start, r.stop), r.adapter.scale)
-            if gx is not None:
-                add_rows(gx, r.start, r.stop, gh, pair.A.to(g.dtype), r.adapter.scale)
+                accumulate(into.A, gh.t(), aligned(x_r), r.adapter.scale)
+            if gx_r is not None:
+                _add(gx_r, gh, pair.A.to(g.dtype), r.adapter.scale)
         return gx, None, None, None, None, None, None, None
 
 
-def add_rows(y: Tensor, start: int, stop: int, a: Tensor, b: Tensor, scale: float) -> None:
-    """y[start:stop] += scale * (a @ b), with the alignment care of `rows`."""
-    part = y[start:stop]
-    aligned = rows(y, start, stop)
-    aligned.addmm_(a, b, alpha=scale)
-    if aligned is not part and aligned.data_ptr() != part.data_ptr():
-        part.copy_(aligned)
+def _parts(x: Tensor, ranges: "Sequence[RowRange]") -> list[Tensor]:
+    """Views of the rows of each range."""
+    sizes: list[int] = []
+    end = 0
+    for r in ranges:
+        sizes += [r.start - end, r.stop - r.start]
+        end = r.stop
+    # One call for all: each slice by itself costs as much as a small product.
+    return list(torch.split(x, [*sizes, len(x) - end])[1::2])
+
+
+def _add(part: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """part += scale * (a @ b), with the alignment care of `rows`."""
+    into = aligned(part)
+    into.addmm_(a, b, alpha=scale)
+    if into is not part:
+        part.copy_(into)
 
 
 def accumulate(into: Tensor, a: Tensor, b: Tensor, scale: float) -> None:

@@ -14,15 +14,15 @@ from torch import Tensor
 from tinkerbell.errors import InvalidRequest
 from tinkerbell.executors.hf.adapter import Adapter, Buffer
 from tinkerbell.executors.hf.attention import PackedAttention, PackedCausal
-from tinkerbell.executors.hf.gemm import GRAIN, Heights, filled
+from tinkerbell.executors.hf.gemm import GRAIN, TALLEST, Heights, filled
 from tinkerbell.executors.hf.runtime import Pass, RowRange
 from tinkerbell.executors.port import ForwardBackward
 from tinkerbell.losses.registry import Loss, resolve
 from tinkerbell.types import Datum, ModelInfo
 
-PACK_TOKENS = 416
-"""The weights are read from memory once a pack: with twice as many tokens a pass is about 4 % faster on a CPU, and its
-activations are twice as large."""
+PACK_TOKENS = TALLEST
+"""Weights are read from memory once a pack, and a pack of so many rows is still one product. With twice as many tokens
+a pass is hardly faster on a CPU, and its activations are twice as large."""
 
 GRADIENT_BYTES = 512 * 1024**2
 """Of the micro-batches of one pack, unless the first alone has more: each has a buffer of its adapter's size."""

@@ -11,9 +11,9 @@ How a pass is run:
         hidden_TD = runtime.hidden(tokens_T, positions_T, plan)
         logits_NV = runtime.logits(hidden_TD[rows], head_plan)
 
-- Every row of `[0, T)` is one token. All linear layers, activations and rotary tables are computed separately
-  for each interval of `bounds`, with the shape that interval has when it is alone: that makes the bits of a
-  micro-batch independent of its company. Everything else in a decoder layer works on single rows.
+- Every row of `[0, T)` is one token. All linear layers and rotary tables are computed separately for each interval of
+  `bounds`, with the shape that interval has when it is alone, and so are activations where that decides bits: that
+  makes the bits of a micro-batch independent of its company. Everything else in a decoder layer works on single rows.
 - Or micro-batches share the products of linear layers: then `bounds` says where these are split (see `gemm`), and
   `micro_batches` where activations and rotary tables are.
 - `ranges` says which adapter's LoRA is added to which rows: ascending, disjoint, not across a bound. Rows in no
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from tinkerbell.executors.hf.adapter import Adapter, Buffer, LinearShape
 from tinkerbell.executors.hf.attention import AttentionBackend, PackedCausal
-from tinkerbell.executors.hf.gemm import Heights
+from tinkerbell.executors.hf.gemm import Heights, in_whole_vectors
 from tinkerbell.executors.hf.lora import MultiLoraLinear
 
 
@@ -75,6 +75,11 @@ class Pass:
     def apart(self) -> tuple[int, ...]:
         """Bounds of the micro-batches: what must not mix whatever is computed together."""
         return self.micro_batches or self.bounds
+
+    def vectors_apart(self, width: int) -> tuple[int, ...]:
+        """Bounds of what a function of single numbers is applied to at a time, in rows of `width`: micro-batches where
+        the number of rows decides which of them are in the remainder of a loop over vectors."""
+        return (0, self.bounds[-1]) if in_whole_vectors(width) else self.apart
 
     @property
     def sizes(self) -> list[int]:
