@@ -97,12 +97,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     (temperature 1, nothing cut off); of equal ones the lower id comes first."""
     prompt_top_logprobs: Annotated[int, Meta(ge=0, le=64)] = 0
     """The same at every prompt token but the first."""
+    prompt_draws: Annotated[int, Meta(ge=0, le=64)] = 0
+    """Also draw so many tokens at every prompt position but the first, each by itself from the distribution there at
+    `temperature` (top_k and top_p cut nothing off), and return them with their logprobs at temperature 1."""
 
     def num_bytes(self, num_tokens: int, num_targets: int = 0) -> int:
         """Bytes, at most, of what is answered beside tokens and their logprobs, of a prompt of so many tokens with so
         many targets at each of its positions."""
         sampled = self.num_samples * self.max_tokens * self.top_logprobs
-        return 8 * (sampled + (num_tokens - 1) * self.prompt_top_logprobs) + 4 * num_tokens * num_targets
+        of_prompt = (num_tokens - 1) * (self.prompt_top_logprobs + self.prompt_draws)
+        return 8 * (sampled + of_prompt) + 4 * num_tokens * num_targets
 
 
 class LossSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -223,6 +227,10 @@ class PromptScores(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """[P - 1, k] float32 nats."""
     target_logprobs: bytes | None = None
     """[P, K] float32 nats of the targets; NaN at position 0 and where there was none."""
+    drawn_tokens: bytes | None = None
+    """[P - 1, d] int32 drawn at positions 1.."""
+    drawn_logprobs: bytes | None = None
+    """[P - 1, d] float32 nats."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -215,6 +215,10 @@ class SampleResult(msgspec.Struct, frozen=True, kw_only=True, tag="sample"):
     """[P - 1, k] nats."""
     prompt_target_logprobs: list[list[float | None]] | None = None
     """[P, K] nats of `prompt_targets`; null at position 0 and where there was none."""
+    prompt_drawn_tokens: list[list[int]] | None = None
+    """[P - 1, d] drawn at prompt positions 1.., where they were asked for."""
+    prompt_drawn_logprobs: list[list[float]] | None = None
+    """[P - 1, d] nats."""
 
 
 class AddLoraResult(msgspec.Struct, frozen=True, kw_only=True, tag="add_lora"):

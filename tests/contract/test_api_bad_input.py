@@ -257,6 +257,7 @@ def test_outputs_that_cannot_be(api: ApiDriver, outputs: object, detail: str) ->
     [
         ({"params": {"top_logprobs": 65}}, "top_logprobs"),
         ({"params": {"prompt_top_logprobs": -1}}, "prompt_top_logprobs"),
+        ({"params": {"prompt_draws": 65}}, "prompt_draws"),
         ({"prompt_targets": []}, "prompt_targets"),
         ({"prompt_targets": [[], [], []]}, "prompt_targets"),
         ({"prompt_targets": [[1], [2]]}, "prompt_targets has 2 rows for 3 prompt tokens"),
@@ -280,7 +281,7 @@ def test_too_many_bytes_of_a_samples_distributions(settings: Settings, sqlite_st
     with ApiDriver(small, sqlite_store) as api:
         path = f"/v1/adapters/{api.adapter()}/sample"
         before = sqlite_store.head()
-        params = {"max_tokens": 4, "num_samples": 2, "top_logprobs": 2, "prompt_top_logprobs": 3}
+        params = {"max_tokens": 4, "num_samples": 2, "top_logprobs": 2, "prompt_top_logprobs": 2, "prompt_draws": 1}
         body = {"prompt": [1, 2, 3], "params": params, "prompt_targets": [[1, 2]] * 3}
         refused = problem(api.post(path, json=body), 413, "too-large")
         assert (refused["num_bytes"], refused["limit"]) == (2 * 4 * 2 * 8 + 2 * 3 * 8 + 3 * 2 * 4, 192)

@@ -734,6 +734,46 @@ def test_likeliest_tokens_of_prompt_and_samples(driver: Driver) -> None:
         assert read_floats(done.prompt_scores.top_logprobs) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_draws_at_the_positions_of_a_prompt_have_its_distributions(driver: Driver, temperature: float) -> None:
+    name, prompt, requests = driver.trained(), [9, 8, 7], 40
+    rows = logprobs_of(driver, name, prompt[:-1])
+    counts = [[0] * driver.info.vocab_size for _ in rows]
+    for seed in range(requests):
+        # Neither changes a draw: what cuts samples off, and how many there are.
+        cut = {"top_k": 1 + seed % 3, "num_samples": 1 + seed % 2}
+        done = sampled(driver, name, prompt, seed=seed, max_tokens=1, prompt_draws=64, temperature=temperature, **cut)
+        scores = done.prompt_scores
+        assert scores is not None and scores.drawn_tokens is not None and scores.drawn_logprobs is not None
+        drawn, logprobs = read_ints(scores.drawn_tokens), read_floats(scores.drawn_logprobs)
+        assert len(drawn) == len(logprobs) == 64 * len(rows)
+        for i, (token, logprob) in enumerate(zip(drawn, logprobs, strict=True)):
+            assert logprob == pytest.approx(rows[i // 64][token], abs=1e-5)
+            counts[i // 64][token] += 1
+    for row, found in zip(rows, counts, strict=True):
+        weights = [math.exp(logprob / temperature) for logprob in row]
+        expected = [64 * requests * weight / sum(weights) for weight in weights]
+        chi_squared = sum((n - e) ** 2 / e for n, e in zip(found, expected, strict=True))
+        degrees = len(row) - 1
+        # Six standard deviations of a chi-squared distribution above its mean.
+        assert chi_squared < degrees + 6 * math.sqrt(2 * degrees)
+
+
+def test_draws_depend_on_the_seed_alone(driver: Driver) -> None:
+    name, prompt = driver.trained(), list(range(3, 20))
+    asked = {"max_tokens": 1, "prompt_draws": 5}
+    alone = sampled(driver, name, prompt, seed=7, **asked)
+    others = [driver.sample(driver.trained(n, OTHERS[n]), [*prompt, n], n, **asked) for n in (1, 2)]
+    again = driver.done(*others, driver.sample(name, prompt, 7, **asked))[-1]
+    other = sampled(driver, name, prompt, seed=8, **asked)
+    assert isinstance(again, SampleDone) and alone.prompt_scores == again.prompt_scores != other.prompt_scores
+    (greedy,) = driver.done(driver.sample(name, prompt, temperature=0.0, prompt_top_logprobs=2, **asked))
+    assert isinstance(greedy, SampleDone) and greedy.prompt_scores is not None
+    tops, drawn = greedy.prompt_scores.top_tokens, greedy.prompt_scores.drawn_tokens
+    assert tops is not None and drawn is not None and len(tops) == 8 * (len(prompt) - 1)
+    assert read_ints(drawn) == [token for token in read_ints(tops)[::2] for _ in range(5)]
+
+
 def test_targets_may_be_missing(driver: Driver) -> None:
     name, prompt = driver.trained(), [9, 8, 7]
     rows = logprobs_of(driver, name, prompt[:-1])
@@ -745,10 +785,11 @@ def test_targets_may_be_missing(driver: Driver) -> None:
 
 
 def test_a_prompt_of_a_single_token_has_nothing_to_score(driver: Driver) -> None:
-    done = sampled(driver, None, [4], max_tokens=1, prompt_top_logprobs=2, prompt_targets=[[1, 2]])
+    done = sampled(driver, None, [4], max_tokens=1, prompt_top_logprobs=2, prompt_draws=2, prompt_targets=[[1, 2]])
     scores = done.prompt_scores
     assert scores is not None and scores.target_logprobs is not None
     assert (scores.top_tokens, scores.top_logprobs) == (b"", b"")
+    assert (scores.drawn_tokens, scores.drawn_logprobs) == (b"", b"")
     assert all(map(math.isnan, read_floats(scores.target_logprobs))) and len(scores.target_logprobs) == 8
 
 

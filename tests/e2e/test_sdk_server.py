@@ -92,7 +92,10 @@ def test_distributions_of_a_sample(client: Client) -> None:
     adapter.optim_step(learning_rate=0.05)
     settings: Sampling = {"max_tokens": 4, "num_samples": 2, "seed": 1, "stop_tokens": []}
     targets = np.array([[7, 8], [9, -1], [-1, 3]])
-    asked = adapter.sample([1, 2, 3], **settings, top_logprobs=3, prompt_top_logprobs=2, prompt_targets=targets)
+    asked = adapter.sample(
+        [1, 2, 3], **settings, top_logprobs=3, prompt_top_logprobs=2, prompt_draws=4,
+        prompt_targets=targets,
+    )  # fmt: skip
     result, bare = asked.result(), adapter.sample([1, 2, 3], **settings).result()
     assert client.future(asked.id).result() == result
     assert (bare.prompt_top_tokens, bare.prompt_target_logprobs, bare.sequences[0].top_tokens) == (None, None, None)
@@ -109,6 +112,10 @@ def test_distributions_of_a_sample(client: Client) -> None:
         assert first == [None, None]
         assert second == [pytest.approx(logits[0, 9] - lse[0], abs=1e-5), None]
         assert third == [None, pytest.approx(logits[1, 3] - lse[1], abs=1e-5)]
+        drawn = zip(result.prompt_drawn_tokens or [], result.prompt_drawn_logprobs or [], strict=True)
+        for n, (tokens, logprobs) in enumerate(drawn):
+            assert logprobs == pytest.approx([logits[n, token] - lse[n] for token in tokens], abs=1e-5)
+        assert n == 1 and len(tokens) == 4
     base = client.sample([1], max_tokens=1, prompt_targets=[[5]]).result()
     assert base.prompt_target_logprobs == [[None]]
     with pytest.raises(InvalidRequest, match="has 1 rows for 2 prompt tokens"):

@@ -114,12 +114,16 @@ def _top(n: int, k: int) -> tuple[bytes, bytes] | tuple[None, None]:
 def _scores(event: kinds.SampleRequested, asked: kinds.SampleBody) -> PromptScores | None:
     """Made up; the targets have gaps where they must."""
     top_tokens, top_logprobs = _top(event.num_tokens - 1, event.params.prompt_top_logprobs)
+    drawn_tokens, drawn_logprobs = _top(event.num_tokens - 1, event.params.prompt_draws)
+    found = PromptScores(
+        top_tokens=top_tokens, top_logprobs=top_logprobs, drawn_tokens=drawn_tokens, drawn_logprobs=drawn_logprobs
+    )
     if asked.prompt_targets is None:
-        return PromptScores(top_tokens=top_tokens, top_logprobs=top_logprobs) if top_tokens is not None else None
+        return found if found != PromptScores() else None
     targets = np.frombuffer(asked.prompt_targets, "<i4").reshape(event.num_tokens, -1)
-    found = np.where(targets < 0, np.nan, LOGPROB).astype("<f4")
-    found[0] = np.nan
-    return PromptScores(top_tokens=top_tokens, top_logprobs=top_logprobs, target_logprobs=found.tobytes())
+    logprobs = np.where(targets < 0, np.nan, LOGPROB).astype("<f4")
+    logprobs[0] = np.nan
+    return msgspec.structs.replace(found, target_logprobs=logprobs.tobytes())
 
 
 def _success(store: EventStore, request: Recorded) -> tuple[kinds.AnyResult, kinds.Body | None, dict[str, bytes]]:

@@ -212,6 +212,7 @@ def examples() -> dict[str, tuple[AnyEvent, Body | None]]:
         prompt_logprobs=True,
         top_logprobs=3,
         prompt_top_logprobs=64,
+        prompt_draws=1,
     )
     loss = LossSpec(name="ppo", config={"clip_low_threshold": 0.8, "clip_high_threshold": 1.2})
     data_body = kinds.ForwardBackwardBody(data=[datum(3), datum(2)])

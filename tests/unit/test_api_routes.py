@@ -130,14 +130,14 @@ def test_samples_of_adapter_and_base_model(api: ApiDriver) -> None:
         "tokens": [0, 1, 2, 3], "logprobs": [FLOAT32] * 4, "stop_reason": "length",
         "top_tokens": None, "top_logprobs": None,
     }  # fmt: skip
-    for name in ("prompt_top_tokens", "prompt_top_logprobs", "prompt_target_logprobs"):
+    for name in ("prompt_top_tokens", "prompt_top_logprobs", "prompt_target_logprobs", "prompt_drawn_tokens"):
         assert done["result"][name] is None
     base = api.complete("/v1/sample", json={"prompt": [1], "params": {"max_tokens": 4}})
     assert (base["adapter_id"], base["result"]["prompt_logprobs"]) == (None, None)
 
 
 def test_a_sample_carries_the_distributions_it_asks_for(api: ApiDriver) -> None:
-    params = {"max_tokens": 4, "top_logprobs": 2, "prompt_top_logprobs": 1}
+    params = {"max_tokens": 4, "top_logprobs": 2, "prompt_top_logprobs": 1, "prompt_draws": 2}
     body = {"prompt": [1, 2, 3], "params": params, "prompt_targets": [[5, 6], [7, -1], [-1, 99]]}
     future = api.submit(f"/v1/adapters/{api.adapter()}/sample", json=body)
     recorded = api.store.get(future["id"])
@@ -150,6 +150,8 @@ def test_a_sample_carries_the_distributions_it_asks_for(api: ApiDriver) -> None:
     (sequence,) = result["sequences"]
     assert (sequence["top_tokens"], sequence["top_logprobs"]) == ([[0, 1]] * 4, [[FLOAT32] * 2] * 4)
     assert (result["prompt_top_tokens"], result["prompt_top_logprobs"]) == ([[0]] * 2, [[FLOAT32]] * 2)
+    drawn = (result["prompt_drawn_tokens"], result["prompt_drawn_logprobs"])
+    assert drawn == ([[0, 1]] * 2, [[FLOAT32] * 2] * 2)
     assert result["prompt_target_logprobs"] == [[None, None], [FLOAT32, None], [None, FLOAT32]]
     assert result["prompt_logprobs"] is None
 

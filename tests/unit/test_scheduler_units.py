@@ -10,7 +10,7 @@ from tinkerbell.scheduler.pending import LANES, PendingRequest
 from tinkerbell.scheduler.units import units_of
 from tinkerbell.types import SamplingParams
 
-PARAMS = SamplingParams(num_samples=4, prompt_logprobs=True, top_logprobs=3, prompt_top_logprobs=2)
+PARAMS = SamplingParams(num_samples=4, prompt_logprobs=True, top_logprobs=3, prompt_top_logprobs=2, prompt_draws=4)
 
 
 def test_a_prompt_is_scored_with_its_first_piece_only() -> None:
@@ -27,5 +27,9 @@ def test_a_prompt_is_scored_with_its_first_piece_only() -> None:
     assert isinstance(first, Sample) and isinstance(second, Sample)
     assert (first.params, first.prompt_targets, first.indices) == (PARAMS, b"t" * 8, range(2))
     assert (second.prompt_targets, second.indices) == (None, range(2, 4))
-    assert (second.params.prompt_logprobs, second.params.prompt_top_logprobs) == (False, 0)
+    assert (second.params.prompt_logprobs, second.params.prompt_top_logprobs, second.params.prompt_draws) == (
+        False,
+        0,
+        0,
+    )
     assert second.params.top_logprobs == 3, "those of its own samples are wanted"

@@ -230,8 +230,8 @@ def sample_outputs(body: wire.Sample, model: ModelInfo, max_bytes: int) -> None:
     num_bytes = params.num_bytes(len(body.prompt), len(body.prompt_targets[0]) if body.prompt_targets else 0)
     if num_bytes > max_bytes:
         raise TooLarge(
-            f"What top_logprobs, prompt_top_logprobs and prompt_targets ask for would have {num_bytes} bytes; that of"
-            f" a request may have {max_bytes}. Ask for fewer tokens at a time.",
+            f"What top_logprobs, prompt_top_logprobs, prompt_draws and prompt_targets ask for would have {num_bytes}"
+            f" bytes; that of a request may have {max_bytes}. Ask for fewer tokens at a time.",
             num_bytes=num_bytes,
             limit=max_bytes,
         )

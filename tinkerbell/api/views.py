@@ -150,6 +150,7 @@ def _samples(position: int, done: kinds.SampleCompleted, body: kinds.SamplesBody
     scores = body.prompt_scores or PromptScores()
     n = done.num_prompt_tokens
     top_tokens, top_logprobs = likeliest(position, scores.top_tokens, scores.top_logprobs, n - 1)
+    drawn_tokens, drawn_logprobs = likeliest(position, scores.drawn_tokens, scores.drawn_logprobs, n - 1)
     return wire.SampleResult(
         sequences=[_sequence(position, sequence) for sequence in body.sequences],
         prompt_logprobs=None if body.prompt_logprobs is None else floats(body.prompt_logprobs),
@@ -157,6 +158,8 @@ def _samples(position: int, done: kinds.SampleCompleted, body: kinds.SamplesBody
         prompt_top_tokens=top_tokens,
         prompt_top_logprobs=top_logprobs,
         prompt_target_logprobs=with_gaps(position, scores.target_logprobs, n),
+        prompt_drawn_tokens=drawn_tokens,
+        prompt_drawn_logprobs=drawn_logprobs,
     )
 
 

@@ -246,7 +246,7 @@ class FakeExecutor:
             request=unit.request,
             sequences=sequences,
             prompt_logprobs=prompt_logprobs,
-            prompt_scores=distribution.prompt_scores(prompt, params.prompt_top_logprobs, targets),
+            prompt_scores=distribution.prompt_scores(prompt, params, unit.seed, targets),
         )
 
     def _install(self, name: AdapterId, adapter: FakeAdapter) -> AdapterReport:

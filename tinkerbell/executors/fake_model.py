@@ -12,7 +12,9 @@ import struct
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
-from tinkerbell.executors.randomness import uniform
+import msgspec
+
+from tinkerbell.executors.randomness import PROMPT, uniform
 from tinkerbell.types import DatumOutputs, OutputSpec, PromptScores, SamplingParams
 
 BASE_SPREAD = 2.0
@@ -114,9 +116,12 @@ class Distribution:
             logits=_floats(z for row in rows for z in row.logits) if spec.logits else None,
         )
 
-    def prompt_scores(self, prompt: Sequence[int], top_k: int, targets: Sequence[int] | None) -> PromptScores | None:
+    def prompt_scores(
+        self, prompt: Sequence[int], params: SamplingParams, seed: int, targets: Sequence[int] | None
+    ) -> PromptScores | None:
         """What is asked for of a prompt of P tokens; targets [P * K], row after row, -1 being none."""
-        if not top_k and targets is None:
+        top_k, num_draws = params.prompt_top_logprobs, params.prompt_draws
+        if not top_k and not num_draws and targets is None:
             return None
         top = self.outputs(prompt[:-1], OutputSpec(top_k=top_k))
         found: bytes | None = None
@@ -127,7 +132,19 @@ class Distribution:
             for i, target in enumerate(targets[width:]):
                 logprobs.append(self.row(prompt[i // width]).logprobs[target] if target >= 0 else math.nan)
             found = _floats(logprobs)
-        return PromptScores(top_tokens=top.top_tokens, top_logprobs=top.top_logprobs, target_logprobs=found)
+        uncut = msgspec.structs.replace(params, top_k=-1, top_p=1.0)
+        drawn = [
+            (row, _choose(row, uncut, uniform(seed, draw, n, PROMPT)))
+            for n, row in enumerate(map(self.row, prompt[:-1]))
+            for draw in range(num_draws)
+        ]
+        return PromptScores(
+            top_tokens=top.top_tokens,
+            top_logprobs=top.top_logprobs,
+            target_logprobs=found,
+            drawn_tokens=struct.pack(f"<{len(drawn)}i", *(v for _, v in drawn)) if num_draws else None,
+            drawn_logprobs=_floats(row.logprobs[v] for row, v in drawn) if num_draws else None,
+        )
 
     def gradient(self, tokens: Sequence[int], targets: Sequence[int], slopes: Sequence[float]) -> list[float]:
         """[K] dLoss/ddelta, given slopes [T] = dLoss/dlogprob.

@@ -82,7 +82,7 @@ def _outputs(event: kinds.ForwardRequested | kinds.ForwardBackwardRequested) -> 
 
 def _unscored(unit: Sample) -> Sample:
     """The same of a prompt that was scored with the samples before."""
-    params = msgspec.structs.replace(unit.params, prompt_logprobs=False, prompt_top_logprobs=0)
+    params = msgspec.structs.replace(unit.params, prompt_logprobs=False, prompt_top_logprobs=0, prompt_draws=0)
     return msgspec.structs.replace(unit, params=params, prompt_targets=None)
 
 

@@ -39,5 +39,6 @@ class Sampling(TypedDict, total=False):
     prompt_logprobs: bool
     top_logprobs: int
     prompt_top_logprobs: int
+    prompt_draws: int
     prompt_targets: Sequence[Sequence[int]] | None
     """[P, K], as in `wire.Sample`: at each position of the prompt tokens whose logprobs are asked for; -1 is none."""

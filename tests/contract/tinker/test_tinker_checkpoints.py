@@ -93,7 +93,7 @@ def test_a_sampler_keeps_the_weights_it_was_made_with(tinker: Tinker) -> None:
     [
         ({"topk_sample_logprobs": 65}, "topk_sample_logprobs is 65"),
         ({"topk_prompt_logprobs": -1}, "topk_prompt_logprobs is -1"),
-        ({"prompt_alt_tokens_k": 2}, "not served"),
+        ({"prompt_alt_tokens_k": 65}, "prompt_alt_tokens_k is 65; it may be 0 to 64"),
         ({"prompt_logprobs_last_n": 4}, "the prompt has 3 tokens"),
         ({"target_prompt_logprobs": {"data": [5], "dtype": "int64", "shape": [3, 1]}}, "it is [2, K]"),
         ({"target_prompt_logprobs": {"data": [5], "dtype": "int64", "shape": [2, 1]}}, "1 numbers"),

@@ -120,6 +120,13 @@ def calls(wait: Callable[[Any], Any]) -> None:
             ok(f"target_prompt_logprobs {len(done)}", list(found.shape) == [len(ids) - 1, 2])
             values = [value for value in found.data if value]
             ok(f"of the token itself {len(done)}", np.allclose(values, [samples.prompt_logprobs[-1]]))
+        drawn = wait(sampler.sample(prompt, 1, types.SamplingParams(max_tokens=1, seed=3), prompt_alt_tokens_k=4))
+        tokens, drawn_logprobs = (drawn.prompt_alt_tokens.tokens, drawn.prompt_alt_tokens.logprobs)
+        ok("alternatives", list(tokens.shape) == list(drawn_logprobs.shape) == [len(ids) - 1, 4])
+        wanted = tokens.to_torch().to(torch.int64)
+        scored = wait(sampler.sample(prompt, 1, greedy_one, target_prompt_logprobs=types.TensorData.from_torch(wanted)))
+        of_targets = scored.target_prompt_logprobs.to_torch()
+        ok("logprobs of alternatives", torch.allclose(drawn_logprobs.to_torch(), of_targets, atol=1e-5))
         last = wait(sampler.compute_logprobs(prompt, 2))
         ok("of the last tokens", last[-2:] == samples.prompt_logprobs[-2:] and last[-3] is None)
         greedy = types.SamplingParams(max_tokens=4, temperature=0.0, stop=[2])

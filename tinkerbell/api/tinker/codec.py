@@ -255,6 +255,13 @@ def sample_response(
         logprobs = np.frombuffer(scores.target_logprobs, "<f4").reshape(asked.num_tokens, -1)[1:]
         found = _targets_dense if not asked.prompt_targets_sparse else _targets_sparse
         response.target_prompt_logprobs.CopyFrom(found(targets, logprobs))
+    if scores is not None and scores.drawn_tokens is not None and scores.drawn_logprobs is not None:
+        shape = (asked.num_tokens - 1, asked.params.prompt_draws)
+        drawn = np.frombuffer(scores.drawn_tokens, "<i4").astype("<i8")
+        response.prompt_alt_tokens.tokens.CopyFrom(pb.Tensor(dense=drawn.tobytes(), dtype=pb.DTYPE_INT64, shape=shape))
+        response.prompt_alt_tokens.logprobs.CopyFrom(
+            pb.Tensor(dense=scores.drawn_logprobs, dtype=pb.DTYPE_FLOAT32, shape=shape)
+        )
     return response.SerializeToString()
 
 

@@ -24,11 +24,9 @@ def request(body: m.Asample, model: ModelInfo) -> wire.Sample:
     last = body.prompt_logprobs_last_n
     if last is not None and not 1 <= last <= len(prompt):
         raise InvalidRequest(f"prompt_logprobs_last_n is {last}; the prompt has {len(prompt)} tokens.")
-    for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
         if not 0 <= getattr(body, name) <= MAX_TOP:
             raise InvalidRequest(f"{name} is {getattr(body, name)}; it may be 0 to {MAX_TOP}.")
-    if body.prompt_alt_tokens_k:
-        raise InvalidRequest("prompt_alt_tokens_k is not served.")
     texts, tokens = _stop(asked.stop)
     params = SamplingParams(
         max_tokens=room if asked.max_tokens is None else asked.max_tokens,
@@ -42,6 +40,7 @@ def request(body: m.Asample, model: ModelInfo) -> wire.Sample:
         prompt_logprobs=bool(body.prompt_logprobs),
         top_logprobs=body.topk_sample_logprobs,
         prompt_top_logprobs=body.topk_prompt_logprobs,
+        prompt_draws=body.prompt_alt_tokens_k,
     )
     return wire.Sample(prompt=prompt, params=params, prompt_targets=_targets(body.target_prompt_logprobs, len(prompt)))
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tinkerbell.executors.hf.head import Softmax
+from tinkerbell.executors.hf.prompt_draws import Draws
 from tinkerbell.types import DatumOutputs, OutputSpec
 
 
@@ -22,9 +23,11 @@ class Rows:
     """Outputs of rows [start, stop) of a pass, which want the same."""
 
     def __init__(
-        self, start: int, stop: int, spec: OutputSpec, vocab_size: int, like: Tensor, targets: Tensor | None = None
-    ) -> None:
-        """Makes room for what is wanted, in the dtype and on the device of `like`. targets [N, K] int64: -1 is none."""
+        self, start: int, stop: int, spec: OutputSpec, vocab_size: int, like: Tensor, targets: Tensor | None = None,
+        draws: Draws | None = None,
+    ) -> None:  # fmt: skip
+        """Makes room for what is wanted, in the dtype and on the device of `like`. targets [N, K] int64: -1 is none;
+        `draws` of these rows."""
         self.start, self.stop, self.spec = start, stop, spec
         n, k = stop - start, spec.top_k
         self.entropy = like.new_empty(n) if spec.entropy else None
@@ -37,13 +40,15 @@ class Rows:
         """[N, k]"""
         self.logits = like.new_empty(n, vocab_size) if spec.logits else None
         """[N, V]"""
+        self.draws = draws
         self.targets = targets
         self.target_logprobs = None if targets is None else like.new_full(targets.shape, torch.nan)
         """[N, K], NaN where there is no target."""
 
     def finite(self) -> bool:
         """Whether all numbers are that were asked for."""
-        found = [self.entropy, self.logsumexp, self.top_logprobs, self.logits]
+        drawn = None if self.draws is None else self.draws.logprobs
+        found = [self.entropy, self.logsumexp, self.top_logprobs, self.logits, drawn]
         if self.targets is not None and self.target_logprobs is not None:
             found.append(self.target_logprobs[self.targets >= 0])
         return all(bool(torch.isfinite(part).all()) for part in found if part is not None)
@@ -94,6 +99,9 @@ class Sweep:
                 inside = (column >= 0) & (column < end - first)
                 found = z[chunk].gather(1, column.clamp_(0, end - first - 1))
                 rows.target_logprobs[ours] = torch.where(inside, found, rows.target_logprobs[ours])
+            if rows.draws is not None:
+                ours, chunk = self._overlap(rows)
+                rows.draws.take(ours, first, z[chunk])
         if self._k:
             self._top = _join(self._top, largest(z, min(self._k, end - first)), first, self._k)
         if not self._with_entropy:
@@ -128,6 +136,8 @@ class Sweep:
             if rows.target_logprobs is not None:
                 rows.target_logprobs[ours] -= softmax.top[:n][chunk, None]
                 rows.target_logprobs[ours] -= log_total[chunk, None]
+            if rows.draws is not None:
+                rows.draws.finish(ours, (softmax.top[:n] + log_total)[chunk, None])
 
     def _overlap(self, rows: Rows) -> tuple[slice, slice]:
         """Which of `rows` are in the chunk, and where."""
