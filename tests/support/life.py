@@ -41,6 +41,7 @@ def live(store: EventStore) -> list[Recorded]:
                     session="se_one", client="tinker/1.2.3", display_name="mine", tags=["a"], user_metadata={"k": "v"}
                 ),
                 kinds.SamplerCreated(sampler="se_one:sample:0", session="se_one", checkpoint="ck_one"),
+                kinds.SamplerJoined(sampler="se_one:sample:0"),
                 kinds.SessionEnded(session="se_one", reason="success"),
             )
         )

@@ -344,6 +344,7 @@ def examples() -> dict[str, tuple[AnyEvent, Body | None]]:
         ),
         (kinds.SessionEnded(session="se_one", reason="errored", detail="no memory"), None),
         (kinds.SamplerCreated(sampler="se_one:sample:0", session="se_one", checkpoint="ck_one"), None),
+        (kinds.SamplerJoined(sampler="se_one:sample:0"), None),
         (kinds.CheckpointChanged(checkpoint="ck_one", expires_us=2**60, published=True, deleted=True), None),
         (kinds.KeyCreated(key_id="k_one", key_hash="12" * 32, admin=True, note="laptop"), None),
         (kinds.KeyRevoked(key_id="k_one"), None),

@@ -1,7 +1,8 @@
 """Waiting for the answer of a request, from asyncio: one subscription for a whole process."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import msgspec
 
@@ -16,6 +17,8 @@ class FutureWaiter:
     def __init__(self, store: EventStore) -> None:
         self._store = store
         self._waiting: dict[int, set[asyncio.Future[Recorded | None]]] = {}
+        self._watching: dict[str, set[asyncio.Event]] = {}
+        """By tenant."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._unsubscribe: Callable[[], None] | None = None
         self._stopped = False
@@ -31,6 +34,26 @@ class FutureWaiter:
         if self._unsubscribe is not None:
             self._unsubscribe()
         self._wake(dict.fromkeys(self._waiting))
+        self._alert(list(self._watching))
+
+    @property
+    def stopped(self) -> bool:
+        """Nobody waits any more."""
+        return self._stopped
+
+    @contextmanager
+    def watching(self, tenant: str) -> Iterator[asyncio.Event]:
+        """Meanwhile an event that is set whenever requests of the tenant are answered, and at `stop`; whoever waits for
+        it clears it, and then looks at the log."""
+        answered = asyncio.Event()
+        self._watching.setdefault(tenant, set()).add(answered)
+        try:
+            yield answered
+        finally:
+            others = self._watching[tenant]
+            others.discard(answered)
+            if not others:
+                del self._watching[tenant]
 
     async def wait(self, tenant: str, id: int, wait_s: float) -> tuple[FutureRow, Recorded | None] | None:
         """The tenant's future once it is answered, or as it is after `wait_s` seconds or at `stop`; None if the
@@ -59,6 +82,12 @@ class FutureWaiter:
         answers = {item.causation: item for item in events if item.causation and isinstance(item.event, Result)}
         if answers and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake, answers)
+            self._loop.call_soon_threadsafe(self._alert, {item.tenant for item in answers.values()})
+
+    def _alert(self, tenants: Collection[str]) -> None:
+        for tenant in tenants:
+            for answered in self._watching.get(tenant, ()):
+                answered.set()
 
     def _wake(self, answers: Mapping[int, Recorded | None]) -> None:
         for id_, answer in answers.items():

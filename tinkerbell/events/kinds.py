@@ -359,6 +359,12 @@ class SamplerCreated(Event, frozen=True, kw_only=True, tag="sampler.created"):
     """None: the base model."""
 
 
+class SamplerJoined(Event, frozen=True, kw_only=True, tag="sampler.joined"):
+    """Another client samples with it. Its position in the log is the client's number."""
+
+    sampler: SamplerId
+
+
 class CheckpointChanged(Event, frozen=True, kw_only=True, tag="checkpoint.changed"):
     """How long a checkpoint is kept and who may know of it; its contents never change."""
 
@@ -476,6 +482,7 @@ AnyEvent = (
     | SessionStarted
     | SessionEnded
     | SamplerCreated
+    | SamplerJoined
     | CheckpointChanged
     | KeyCreated
     | KeyRevoked

@@ -11,6 +11,7 @@ from tinkerbell.events import kinds, reading
 from tinkerbell.events import tables as t
 from tinkerbell.events.rows import (
     AdapterRow,
+    AnsweredRow,
     CheckpointRow,
     FutureRow,
     HourOfUsage,
@@ -123,6 +124,27 @@ class Queries:
         query = sa.select(c.created_us).where(c.adapter == adapter).order_by(c.id.desc()).limit(1)
         row = self._first(query)
         return int(row["created_us"]) if row else None
+
+    def answered(self, tenant: str, key_prefix: str, after: int, until: int, limit: int) -> list[AnsweredRow]:
+        """The tenant's requests with such an idempotency key whose answers lie in (after, until], in order of these."""
+        request, result = t.events.alias("request"), t.events.alias("result")
+        query = (
+            sa.select(
+                request.c.position.label("id"),
+                request.c.idempotency_key,
+                result.c.position.label("result_position"),
+                result.c.body_len.label("num_bytes"),
+                t.futures.c.state,
+            )
+            .join(request, request.c.position == result.c.causation)
+            .join(t.futures, t.futures.c.id == request.c.position)
+            .where(result.c.tenant == tenant, result.c.position > after, result.c.position <= until)
+            .where(t.futures.c.result_position == result.c.position)
+            .where(request.c.idempotency_key.startswith(key_prefix, autoescape=True))
+            .order_by(result.c.position)
+            .limit(limit)
+        )
+        return [_row(AnsweredRow, row) for row in self._all(query)]
 
     # ---- adapters and checkpoints ------------------------------------------------------------------------------------
 

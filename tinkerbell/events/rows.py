@@ -30,6 +30,17 @@ class FutureRow(Row, frozen=True, kw_only=True):
     done_us: int | None
 
 
+class AnsweredRow(Row, frozen=True, kw_only=True):
+    """A request that has its answer."""
+
+    id: int
+    idempotency_key: str
+    result_position: int
+    num_bytes: int | None
+    """Of the answer's body before compression; None where it has none."""
+    state: Literal["completed", "failed"]
+
+
 class AdapterRow(Row, frozen=True, kw_only=True):
     """An adapter as the answered requests left it."""
 

@@ -45,10 +45,8 @@ LEFT_OUT = {
         "POST_cancel_future",
         "POST_create_custom_loss",
         "POST_forward_backward.custom",
-        "POST_join_sampling_session",
         "POST_retrieve_future.CreateCustomLoss.create_custom_loss",
         "POST_retrieve_future.ForwardBackward.complete_metadata",
-        "POST_retrieve_futures",
     ),
     "recorded in part only": (
         "POST_asample.target",

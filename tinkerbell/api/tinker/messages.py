@@ -8,6 +8,8 @@ from msgspec import UNSET, Meta, UnsetType
 
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 SeqId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+CLONE_SEQS = 10**9
+"""Clients of one sampling session number their samples from a multiple of this on."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
@@ -207,6 +209,29 @@ class RetrieveFuture(Message, frozen=True, kw_only=True):
     allow_metadata_only: bool = False
 
 
+class FuturesTarget(Message, frozen=True, kw_only=True):
+    """The samples of one client of a sampling session."""
+
+    type: Literal["sampling_session"] = "sampling_session"
+    sampling_session_id: str
+    cloned_sampler_id: Annotated[int, Meta(ge=0, lt=2**63 // CLONE_SEQS)] = 0
+
+
+class RetrieveFutures(Message, frozen=True, kw_only=True):
+    """POST retrieve_futures"""
+
+    target: FuturesTarget
+    prev_cursor: SeqId = 0
+    timeout: Annotated[float, Meta(ge=0)] | None = None
+    retrieved_request_ids: list[str] = []
+
+
+class JoinSamplingSession(Message, frozen=True, kw_only=True):
+    """POST join_sampling_session"""
+
+    sampling_session_id: str
+
+
 class WeightsInfo(Message, frozen=True, kw_only=True):
     """POST weights_info"""
 
@@ -232,6 +257,22 @@ class TryAgain(msgspec.Struct, frozen=True, kw_only=True, tag="try_again"):
 
     request_id: str
     queue_state: Literal["active", "paused_capacity", "paused_rate_limit"] = "active"
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that has its answer."""
+
+    state: Literal["finished", "failed"]
+    request_id: str
+    response_payload_uncompressed_size: int | UnsetType = UNSET
+    """About."""
+
+
+class Completions(msgspec.Struct, frozen=True, kw_only=True):
+    """What was answered since the last time that was asked."""
+
+    completions: list[Completion]
+    cursor: int
 
 
 class FutureError(msgspec.Struct, frozen=True, kw_only=True):

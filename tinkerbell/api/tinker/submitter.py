@@ -244,6 +244,11 @@ class TinkerSubmitter(TinkerSubmitting):
         ids = [f"{sampler}:{body.seq_id}:{i}" for i in range(body.num_samples)]
         return m.Submitted(request_id=str(recorded.position), sample_sequence_ids=ids)
 
+    async def join_sampler(self, sampler: SamplerId) -> int:
+        """A number that no other client of the sampler has."""
+        row = await asyncio.to_thread(self.sampler, sampler)
+        return (await self._write(self._event(kinds.SamplerJoined(sampler=row.id), None))).position
+
     async def create_session(self, body: m.CreateSession, client: str) -> SessionId:
         """A session of the caller's. Its retry gives the same one."""
         self._require_small()

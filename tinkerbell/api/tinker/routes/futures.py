@@ -1,6 +1,7 @@
 """What became of a request, by long poll."""
 
 import asyncio
+import contextlib
 from typing import Any
 
 import msgspec
@@ -13,12 +14,16 @@ from tinkerbell.api.context import Context
 from tinkerbell.api.paging import MAX_POSITION
 from tinkerbell.api.tinker import codec, reading
 from tinkerbell.api.tinker import messages as m
+from tinkerbell.api.tinker.dependencies import Submit
 from tinkerbell.errors import Corrupt, NotFound
 from tinkerbell.events.kinds import Recorded
-from tinkerbell.events.rows import FutureRow
+from tinkerbell.events.rows import AnsweredRow, FutureRow
 
 HOLD_S = 30.0
 """The SDK gives up on a poll after 45 s, and asks again at once after an answer that says: not yet."""
+
+PAGE = 1000
+"""Answers looked at in one read."""
 
 
 @post("/retrieve_future", status_code=200)
@@ -40,6 +45,54 @@ async def retrieve_future(
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
+@post("/retrieve_futures", status_code=200)
+async def retrieve_futures(
+    data: JSONBody[m.RetrieveFutures],
+    context: NamedDependency[Context],
+    principal: NamedDependency[Principal],
+    submit: NamedDependency[Submit],
+) -> m.Completions:
+    """Which samples of a sampling session were answered since the cursor, as soon as any were; with none, an empty list
+    after half a minute or `timeout`. Answers stay where they are: `retrieved_request_ids` needs no reply."""
+    sampler = await asyncio.to_thread(submit(None).sampler, data.target.sampling_session_id)
+    key = f"tinker:{sampler.id}:"
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + (HOLD_S if data.timeout is None else min(data.timeout, HOLD_S))
+    cursor = data.prev_cursor
+    if cursor == 0:
+        # What came before the sampler is none of its answers.
+        made = await asyncio.to_thread(context.store.original, principal.tenant, f"tinker:{sampler.id}")
+        cursor = made.recorded.position if made is not None else 0
+
+    def read() -> tuple[list[AnsweredRow], int]:
+        head = context.store.head()
+        rows = context.store.queries.answered(principal.tenant, key, cursor, head, PAGE)
+        return rows, rows[-1].result_position if len(rows) == PAGE else max(head, cursor)
+
+    with context.waiter.watching(principal.tenant) as answered:
+        while True:
+            answered.clear()
+            rows, cursor = await asyncio.to_thread(read)
+            found = [row for row in rows if _client_of(row, key) == data.target.cloned_sampler_id]
+            left_s = deadline - loop.time()
+            if found or left_s <= 0 or context.waiter.stopped:
+                return m.Completions(completions=[_completion(row) for row in found], cursor=cursor)
+            if len(rows) < PAGE:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(answered.wait(), left_s)
+
+
+def _client_of(row: AnsweredRow, key: str) -> int:
+    return int(row.idempotency_key.removeprefix(key)) // m.CLONE_SEQS
+
+
+def _completion(row: AnsweredRow) -> m.Completion:
+    if row.state == "failed":
+        return m.Completion(state="failed", request_id=str(row.id))
+    size = msgspec.UNSET if row.num_bytes is None else row.num_bytes
+    return m.Completion(state="finished", request_id=str(row.id), response_payload_uncompressed_size=size)
+
+
 def _answer(context: Context, row: FutureRow, result: Recorded | None) -> bytes | dict[str, Any]:
     store = context.store
     if result is None and row.result_position is not None:
@@ -50,4 +103,4 @@ def _answer(context: Context, row: FutureRow, result: Recorded | None) -> bytes 
     return reading.answer(store, request, result)
 
 
-router = Router(path="/", route_handlers=[retrieve_future])
+router = Router(path="/", route_handlers=[retrieve_future, retrieve_futures])

@@ -45,10 +45,19 @@ async def show_sampler(
     return await asyncio.to_thread(read)
 
 
+@post("/join_sampling_session", status_code=200)
+async def join_sampling_session(
+    data: JSONBody[m.JoinSamplingSession], submit: NamedDependency[Submit]
+) -> dict[str, str | int]:
+    """Another client of a sampler, with samples of its own."""
+    number = await submit(None).join_sampler(data.sampling_session_id)
+    return {"type": "join_sampling_session", "client_counter": number}
+
+
 @post("/asample", status_code=200)
 async def asample(data: JSONBody[m.Asample], submit: NamedDependency[Submit]) -> m.Submitted:
     """Continuations of a prompt."""
     return await submit(f"{data.sampling_session_id}:{data.seq_id}").sample(data)
 
 
-router = Router(path="/", route_handlers=[create_sampling_session, show_sampler, asample])
+router = Router(path="/", route_handlers=[create_sampling_session, show_sampler, join_sampling_session, asample])

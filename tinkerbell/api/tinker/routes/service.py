@@ -20,7 +20,7 @@ OLDEST = (0, 25)
 """Before it the SDK spoke JSON only."""
 
 MAX_CONCURRENT_SAMPLES = 256
-"""Each one that a client waits for holds a connection."""
+"""Each one that a client of an older release waits for holds a connection."""
 
 
 @post("/client/config", status_code=200)
@@ -32,7 +32,12 @@ async def client_config(data: JSONBody[m.ClientConfig]) -> dict[str, Any]:
             f"tinker {data.sdk_version} sends JSON where this server reads protobuf; install tinker>=0.25"
             " (pip install 'tinker>=0.25')."
         )
-    return {"sample_max_concurrent_requests": MAX_CONCURRENT_SAMPLES, "parallel_fwdbwd_chunks": True}
+    return {
+        "sample_max_concurrent_requests": MAX_CONCURRENT_SAMPLES,
+        "sample_use_retrieve_futures": True,
+        "sample_join_sampling_session": True,
+        "parallel_fwdbwd_chunks": True,
+    }
 
 
 @post("/client/dynamic_config", status_code=200)
