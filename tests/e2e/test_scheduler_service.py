@@ -78,6 +78,10 @@ class Asker:
         params = SamplingParams(max_tokens=max_tokens, seed=7, num_samples=num_samples, prompt_logprobs=True)
         return self.ask(kinds.SampleRequested(params=params, num_tokens=3), SampleBody(prompt=ints([1, 2, 3])))
 
+    def cancel(self, position: int) -> None:
+        event = kinds.SampleCancelled(request=position)
+        self.store.append(NewEvent(event=event, tenant=self.tenant, stream=f"tenant/{self.tenant}"))
+
     def save(self, checkpoint: str) -> int:
         return self.ask(kinds.SaveRequested(checkpoint=checkpoint))
 
@@ -779,3 +783,79 @@ def test_an_adapter_that_rests_gets_a_recovery_point_in_time(store, serve):
     wait_until(lambda: types_of(store, "checkpoint.written") != [])
     (written,) = types_of(store, "checkpoint.written")
     assert (written.event.step, written.event.state_digest) == (1, asker.digest())
+
+
+def batches_of(store: EventStore, position: int) -> list[str]:
+    """Batches that were to run a part of the request."""
+    plans = types_of(store, "batch.planned")
+    return [plan.event.batch for plan in plans if any(unit.request == position for unit in plan.event.units)]
+
+
+def charged(store: EventStore, position: int) -> list[tuple[str, int]]:
+    """Batches that ran a part of the request, and what they cost."""
+    batches = types_of(store, "batch.ran")
+    return [(ran.event.batch, us) for ran in batches for request, us in ran.event.charges if request == position]
+
+
+def test_a_cancelled_sample_never_runs_and_the_others_are_answered_in_order(store, serve):
+    serve(executor_options={"latency_us": "300000"})
+    asker = Asker(store, "t", "ad_t")
+    asker.add_lora()
+    asker.answers()
+    runs = asker.sample(seed=1)
+    wait_until(lambda: batches_of(store, runs))
+    before, cancelled, after = (asker.sample(seed=seed) for seed in (2, 3, 4))
+    step = asker.step()
+    asker.cancel(runs)
+    asker.cancel(cancelled)
+    failure = asker.answer(cancelled).event
+    assert isinstance(failure, kinds.SampleFailed)
+    assert (failure.category, failure.code, failure.batch, failure.cost_us) == ("user", "cancelled", None, 0)
+    assert store.queries.future("t", step).state == "pending", "it waits for nobody in its queue"
+    assert isinstance(asker.answer(runs).event, kinds.SampleCompleted), "what runs is not interrupted"
+    positions = [asker.answer(position).position for position in (runs, before, after, step)]
+    assert positions == sorted(positions)
+    assert batches_of(store, cancelled) == [] and len(batches_of(store, after)) == 1
+
+
+@on_sqlite
+def test_a_cancel_is_known_to_the_next_leader_and_its_adapter_is_not_restored(store, serve):
+    service = serve()
+    asker, other = Asker(store, "t", "ad_t"), Asker(store, "u", "ad_u")
+    for each in (asker, other):
+        each.add_lora()
+        each.train([datum(random.Random(0), 5)])
+        each.step()
+        each.answers()
+    service.stop()
+    cancelled, base, kept = asker.sample(), asker.sample(base=True), other.sample()
+    for position in (cancelled, base):
+        asker.cancel(position)
+    service = serve()
+    assert [asker.answer(position).event.code for position in (cancelled, base)] == ["cancelled"] * 2
+    assert isinstance(other.answer(kept).event, kinds.SampleCompleted)
+    assert batches_of(store, cancelled) == batches_of(store, base) == []
+    assert "ad_t" not in service._leader._residency
+
+
+@on_sqlite
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_what_ran_of_many_samples_is_charged(store, serve, restarted, cancelled):
+    service = serve(executor_options={"latency_us": "30000"})
+    asker = Asker(store, "t", "ad_t")
+    asker.add_lora()
+    asker.answers()
+    many = asker.sample_many(30, 20)
+    wait_until(lambda: len(charged(store, many)) >= 3)
+    if restarted:
+        service.stop()
+    if cancelled:
+        asker.cancel(many)
+    if restarted:
+        serve()
+    answer = asker.answer(many).event
+    ran = charged(store, many)
+    assert isinstance(answer, kinds.SampleFailed if cancelled else kinds.SampleCompleted)
+    assert (answer.batch, answer.cost_us) == (ran[-1][0], sum(us for _, us in ran))
+    assert len(ran) < 15 or not cancelled

@@ -240,6 +240,45 @@ def test_a_blocked_adapter_waits_while_others_run():
     assert [work.request.adapter for work in batch.works] == ["a"]
 
 
+def test_a_cancelled_sample_leaves_its_queue_from_anywhere_and_the_rest_keep_their_order():
+    pending, log = Pending(), Log()
+    names = ("forward_backward", "sample", "sample", "optim_step", "sample")
+    first, *_, step, last = requests = [asked(pending, log, name) for name in names]
+    for request in (requests[2], requests[1]):
+        assert pending.absorb(log(kinds.SampleCancelled(request=request.position), adapter=None)) is None
+    assert len(pending) == 5, "it has no result yet"
+    assert pending.take_cancelled() == requests[1:3]
+    assert pending.take_cancelled() == []
+    assert [request for queue in pending.queues("t") for request in queue.requests] == [first, step, last]
+    assert planned(pending) == ["forward_backward", "optim_step"]
+    failure = kinds.SampleFailed(category="user", code="cancelled", message="no")
+    for request in requests[1:3]:
+        pending.absorb(log(failure, causation=request.position))
+    assert len(pending) == 3
+
+
+def test_a_cancelled_sample_is_charged_to_nobody_and_needs_no_adapter():
+    pending, log, shares = Pending(), Log(), FairShare()
+    cancelled, other = asked(pending, log, "sample", "a", "t"), asked(pending, log, "sample", "b", "u")
+    pending.cancel(cancelled.position)
+    assert pending.take_cancelled() == [cancelled]
+    batch = plan(pending, shares, lambda *_: 1, LIMITS, {"b"})
+    assert isinstance(batch, Plan) and batch.requests == [other]
+    assert list(pending.tenants) == ["u"]
+
+
+def test_what_has_its_result_is_not_cancelled():
+    pending, log = Pending(), Log()
+    done, gone, after = (asked(pending, log, "sample") for _ in range(3))
+    for request in (done, gone):
+        pending.cancel(request.position)
+    pending.finish(done)
+    pending.absorb(log(kinds.SampleCompleted(step=0, num_prompt_tokens=1, num_sampled_tokens=1), causation=2))
+    pending.cancel(gone.position)
+    assert pending.take_cancelled() == []
+    assert list(pending) == [after]
+
+
 def test_nothing_overtakes():
     pending, requests = filled("forward_backward", "optim_step")
     with pytest.raises(AssertionError, match="overtake"):

@@ -53,6 +53,8 @@ def live(store: EventStore) -> list[Recorded]:
     trained, stepped, saved = store.append(log.forward_backward(key="a2"), log.optim_step(), log.save())
     bobs = one(log.forward_backward("ad_bob", "bob", data=[log.datum(5), log.datum(2)]))
     samples = [one(log.sample()), one(log.sample(None, "bob"))]
+    cancelled = kinds.SampleCancelled(request=samples[0].position)
+    store.append(NewEvent(event=cancelled, tenant="alice", stream="tenant/alice"))
     units = [kinds.PlannedUnit(trained.position, 0, 1), kinds.PlannedUnit(bobs.position, 0, 2)]
     plan = kinds.BatchPlanned(batch="1.1", lane="train", environment="ef" * 32, units=units, estimated_us=900)
     store.append(log.system(plan, fence))

@@ -261,6 +261,7 @@ def examples() -> dict[str, tuple[AnyEvent, Body | None]]:
             None,
         ),
         (kinds.LoadRequested(checkpoint="ck_one", with_optimizer=False), None),
+        (kinds.SampleCancelled(request=6), None),
         (kinds.AddLoraCompleted(num_parameters=1024, step=0, state_digest="ab" * 32, **ran), None),
         (kinds.RemoveLoraCompleted(**ran), None),
         (

@@ -121,6 +121,13 @@ class LoadRequested(Request, frozen=True, kw_only=True, tag="load.requested"):
     with_optimizer: bool = True
 
 
+class SampleCancelled(Event, frozen=True, kw_only=True, tag="sample.cancelled"):
+    """The caller wants no more of a sample. If it still waits, it fails; what runs already may be completed."""
+
+    request: int
+    """Its position."""
+
+
 # ---- results: exactly one for each request ----------------------------------------------------------------------
 
 
@@ -472,6 +479,7 @@ AnyResult = (
 )
 AnyEvent = (
     AnyRequest
+    | SampleCancelled
     | AnyResult
     | BatchPlanned
     | BatchRan

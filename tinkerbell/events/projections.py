@@ -164,7 +164,7 @@ def fold(recorded: Recorded, cause: Cause | None) -> list[Change]:
                 "max_adapters": event.max_adapters,
             }
             return [Put("tenants", (recorded.tenant,), values)]
-        case kinds.LogSealed() | kinds.SamplerJoined():
+        case kinds.SampleCancelled() | kinds.SamplerJoined() | kinds.LogSealed():
             return []
         case kinds.TenantErased():
             changes: list[Change] = [Put("erasures", (recorded.tenant,), {"position": recorded.position})]

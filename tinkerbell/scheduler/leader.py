@@ -46,6 +46,8 @@ LOOK_S = 1.0
 MOST_DEATHS = 3
 """Executor deaths after which a request, or an adapter's restore, is given up."""
 
+CANCELLED = Reason("user", "cancelled", "The caller cancelled this sample.")
+
 
 class Leader:
     """The scheduler while it holds the lease. Belongs to one event loop; expects a started host."""
@@ -137,7 +139,9 @@ class Leader:
         for (tenant, adapter), reason in backlog.ended.items():
             self._pending.end(tenant, adapter, reason)
         for request in self._pending:
-            request.cost_us = backlog.charges.get(request.position, 0)
+            request.cost_us, request.batch = backlog.ran.get(request.position, (0, None))
+        for position in backlog.cancelled:
+            self._pending.cancel(position)
         log.info("leading epoch=%d position=%d pending=%d", self._lease.epoch, backlog.head, len(self._pending))
 
     def _absorb(self, events: Sequence[Recorded]) -> None:
@@ -151,6 +155,8 @@ class Leader:
             if isinstance(recorded.event, kinds.TenantConfigured):
                 self._shares.set_weight(recorded.tenant, recorded.event.weight)
             request = self._pending.absorb(recorded)
+            if isinstance(recorded.event, kinds.SampleCancelled):
+                self._wake.set()
             if request is not None:
                 self._measure(request, recorded)
                 if request.adapter is not None:
@@ -184,11 +190,15 @@ class Leader:
         orphans = self._pending.orphans()
         for tenant, adapter, reason in orphans:
             self._fail(self._pending.drop(tenant, adapter), reason)
+        # Before anything is planned: a cancelled sample takes nobody's turn and needs no adapter.
+        cancelled = self._pending.take_cancelled()
+        for request in cancelled:
+            self._fail([request], CANCELLED, request.batch)
         resident = self._residency
         match batching.plan(self._pending, self._shares, self._price, self._limits, resident):
             case None:
                 await self._write_checkpoints()
-                return bool(orphans)
+                return bool(orphans or cancelled)
             case Measure(request):
                 await self._read_body(request)
             case Restore(request):

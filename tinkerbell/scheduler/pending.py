@@ -69,6 +69,8 @@ class PendingRequest:
     """Charged so far, over all its batches."""
     deaths: int = 0
     """Batches of it in which the executor died."""
+    batch: str | None = None
+    """Id of the batch that ran a part of it last."""
 
     @property
     def measured(self) -> bool:
@@ -118,7 +120,8 @@ class Queue:
 
 
 class Pending:
-    """Every pending request. A request leaves its queue at the front only, so nothing overtakes."""
+    """Every pending request. A request leaves its queue at the front only, so nothing overtakes; a cancelled sample
+    may leave it anywhere."""
 
     def __init__(self, after: int = 0) -> None:
         """Events up to position `after` are known already and ignored by `absorb`."""
@@ -130,6 +133,8 @@ class Pending:
         self._orphans: dict[AdapterId, tuple[TenantId, Reason]] = {}
         """Ended adapters with pending requests. They keep their reason: the log may know of the end before the
         requests it accepted until then are answered."""
+        self._cancelled: set[int] = set()
+        """Positions of pending samples."""
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -169,6 +174,8 @@ class Pending:
             request = self._requests.get(recorded.causation or 0)
             if request is not None:
                 self._remove(request)
+        if isinstance(event, kinds.SampleCancelled):
+            self.cancel(event.request)
         return None
 
     def add(self, recorded: Recorded) -> PendingRequest:
@@ -226,6 +233,21 @@ class Pending:
         if queue:
             queue.blocked = False
 
+    def cancel(self, position: int) -> None:
+        """The caller wants no more of a sample; nothing changes for one that has its result."""
+        if position in self._requests:
+            self._cancelled.add(position)
+
+    def take_cancelled(self) -> list[PendingRequest]:
+        """Take the cancelled samples from wherever they wait, by position. Expects that nothing is in flight.
+
+        They need not be at the front: samples have no seq, and no answer of another request changes with theirs.
+        """
+        taken = [self._requests[position] for position in sorted(self._cancelled)]
+        for request in taken:
+            self._remove(request)
+        return taken
+
     def rewind(self) -> None:
         """The executor is a new one: requests that were under way start afresh."""
         for request in self._requests.values():
@@ -254,6 +276,7 @@ class Pending:
 
     def _remove(self, request: PendingRequest) -> None:
         del self._requests[request.position]
+        self._cancelled.discard(request.position)
         queues = self._tenants[request.tenant]
         queue = queues[request.adapter or ""]
         if queue.requests[0] is request:

@@ -67,6 +67,7 @@ class Settlement:
         answers: dict[int, Answer] = {}
         for work, outcome in zip(plan.works, outcomes, strict=True):
             request = work.request
+            request.batch = batch
             assert outcome.request == request.position, "results are not in the order of the batch"
             if request.position in answers:
                 continue  # an earlier chunk of it failed

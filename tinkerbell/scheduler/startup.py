@@ -1,13 +1,14 @@
 """What a new leader reads from the log before it leads. The lease must be held, so that nobody else
 answers."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tinkerbell.errors import Corrupt
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.store import EventStore
-from tinkerbell.scheduler.pending import Reason
+from tinkerbell.scheduler.pending import BODY_KINDS, Reason
 from tinkerbell.types import AdapterId, TenantId
 
 _PAGE = 1000
@@ -20,8 +21,10 @@ class Backlog:
     head: int
     requests: list[Recorded]
     """Without a result, by position."""
-    charges: dict[int, int]
-    """Position -> microseconds that earlier leaders charged for chunks of it."""
+    ran: dict[int, tuple[int, str]]
+    """Position -> microseconds that earlier leaders charged for chunks of it, and the batch that ran the last one."""
+    cancelled: list[int]
+    """Positions of samples that were cancelled."""
     weights: dict[TenantId, float]
     ended: dict[tuple[TenantId, AdapterId], Reason]
     """Removed or failed adapters that still have pending requests."""
@@ -39,24 +42,38 @@ def read_backlog(store: EventStore) -> Backlog:
             raise Corrupt(f"event {row.id} is missing")
         requests.append(recorded)
     weights = {tenant: store.queries.tenant(tenant).weight for tenant in store.queries.tenants()}
-    return Backlog(head, requests, _charges(store, requests), weights, _ended(store, requests))
+    return Backlog(head, requests, _ran(store, requests), _cancelled(store, requests), weights, _ended(store, requests))
 
 
-def _charges(store: EventStore, requests: list[Recorded]) -> dict[int, int]:
+def _ran(store: EventStore, requests: list[Recorded]) -> dict[int, tuple[int, str]]:
     """Only what is cut into chunks can have run in part."""
-    data = [
-        r.position for r in requests if isinstance(r.event, kinds.ForwardRequested | kinds.ForwardBackwardRequested)
-    ]
-    charges = dict.fromkeys(data, 0)
-    after = min(data, default=None)
-    while after is not None and (page := store.read(after, limit=_PAGE, types=["batch.ran"])):
-        for recorded in page:
-            assert isinstance(recorded.event, kinds.BatchRan)
-            for request, cost_us in recorded.event.charges:
-                if request in charges:
-                    charges[request] += cost_us
+    cut = {r.position for r in requests if kinds.kind_of(r.event) in BODY_KINDS}
+    ran: dict[int, tuple[int, str]] = {}
+    for recorded in _since(store, cut, kinds.BatchRan):
+        assert isinstance(recorded.event, kinds.BatchRan)
+        for request, cost_us in recorded.event.charges:
+            if request in cut:
+                before_us, _ = ran.get(request, (0, ""))
+                ran[request] = before_us + cost_us, recorded.event.batch
+    return ran
+
+
+def _cancelled(store: EventStore, requests: list[Recorded]) -> list[int]:
+    samples = {r.position for r in requests if isinstance(r.event, kinds.SampleRequested)}
+    found: list[int] = []
+    for recorded in _since(store, samples, kinds.SampleCancelled):
+        assert isinstance(recorded.event, kinds.SampleCancelled)
+        if recorded.event.request in samples:
+            found.append(recorded.event.request)
+    return found
+
+
+def _since(store: EventStore, positions: set[int], event: type[kinds.Event]) -> Iterator[Recorded]:
+    """Events of this type after the first of these positions."""
+    after = min(positions, default=None)
+    while after is not None and (page := store.read(after, limit=_PAGE, types=[kinds.type_of(event)])):
+        yield from page
         after = page[-1].position
-    return charges
 
 
 def _ended(store: EventStore, requests: list[Recorded]) -> dict[tuple[TenantId, AdapterId], Reason]:

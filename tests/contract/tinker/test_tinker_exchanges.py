@@ -42,7 +42,6 @@ LEFT_OUT = {
     ),
     "sent only after a client config that this server does not give": (
         "POST_auth_token",
-        "POST_cancel_future",
         "POST_create_custom_loss",
         "POST_forward_backward.custom",
         "POST_retrieve_future.CreateCustomLoss.create_custom_loss",
@@ -134,7 +133,8 @@ class World:
             raw = self._protobuf(body)
             return self.http.post(path, content=raw, headers={"Content-Type": "application/x-protobuf"})
         if "request_id" in body:
-            body = {**body, "request_id": self.futures[name.split(".")[1]]}
+            of = "Sample" if name == "POST_cancel_future" else name.split(".")[1]
+            body = {**body, "request_id": self.futures[of]}
         text = _UUID.sub(self.session, json.dumps(body)).replace('"smollm2-135m-instruct"', f'"{MODEL}"')
         asked = json.loads(text)
         for counter in ("seq_id", "model_seq_id", "sampling_session_seq_id"):

@@ -69,6 +69,7 @@ def test_what_is_anothers_is_not_there(tinker: Tinker) -> None:
         ("POST", "join_sampling_session", {"sampling_session_id": sampler}),
         ("POST", "retrieve_future", {"request_id": request_id}),
         ("POST", "retrieve_futures", {"target": {"type": "sampling_session", "sampling_session_id": sampler}}),
+        ("POST", "cancel_future", {"request_id": request_id}),
         ("POST", "weights_info", {"tinker_path": path}),
         ("GET", run, {}),
         ("GET", f"{run}/checkpoints", {}),
@@ -209,9 +210,45 @@ def test_a_failure_is_an_answer(tinker: Tinker) -> None:
 
 
 @pytest.mark.parametrize("request_id", ["0", "999999", "-1", "x", "9" * 40, ""])
-def test_what_is_no_request(tinker: Tinker, request_id: str) -> None:
-    found = tinker.post("retrieve_future", request_id=request_id)
+@pytest.mark.parametrize("route", ["retrieve_future", "cancel_future"])
+def test_what_is_no_request(tinker: Tinker, route: str, request_id: str) -> None:
+    found = tinker.post(route, request_id=request_id)
     assert found.status_code == 404 and found.json()["detail"]
+
+
+def test_a_sample_is_cancelled_once_by_its_owner_while_it_waits(tinker: Tinker) -> None:
+    assert tinker.ok("client/dynamic_config", sdk_version="0.38.0") == {"sample_cancel_enabled": True}
+    store, stranger = tinker.api.store, Tinker(tinker.api, STRANGER)
+    session, _ = tinker.session(), stranger.session()
+    body = {"session_id": session, "sampling_session_seq_id": 0, "base_model": "tiny"}
+    sampler = tinker.ok("create_sampling_session", **body)["sampling_session_id"]
+    prompt = {"chunks": [{"type": "encoded_text", "tokens": [1]}]}
+    asked = {"sampling_session_id": sampler, "prompt": prompt, "sampling_params": {"max_tokens": 1}}
+    waits, answered = (tinker.ok("asample", **asked, seq_id=seq)["request_id"] for seq in range(2))
+    answer(store, int(answered))
+    head = store.head()
+    for whose, request_id, status in ((stranger, waits, 404), (stranger, answered, 404), (tinker, answered, 204)):
+        assert whose.post("cancel_future", request_id=request_id).status_code == status
+    assert store.head() == head, "nothing was written"
+    for _ in range(2):
+        found = tinker.post("cancel_future", request_id=waits)
+        assert found.status_code == 204 and not found.content
+    (cancelled,) = store.read(head, limit=10)
+    assert cancelled.event == kinds.SampleCancelled(request=int(waits))
+    assert (cancelled.tenant, cancelled.stream, cancelled.adapter) == (OWNER, f"tenant/{OWNER}", None)
+    failure = kinds.SampleFailed(category="user", code="cancelled", message="The caller cancelled this sample.")
+    answer(store, int(waits), failure)
+    assert tinker.ok("retrieve_future", request_id=waits) == {"error": failure.message, "category": "user"}
+    assert tinker.post("cancel_future", request_id=waits).status_code == 204
+    store.check()
+
+
+def test_only_samples_are_cancelled(tinker: Tinker) -> None:
+    request_id = tinker.forward_backward(tinker.model(), 1).json()["request_id"]
+    head = tinker.api.store.head()
+    found = tinker.post("cancel_future", request_id=request_id)
+    assert found.status_code == 400 and "forward_backward; only samples" in found.json()["detail"]
+    assert tinker.api.store.head() == head
 
 
 def test_the_line_is_full(settings: Settings, store: EventStore) -> None:

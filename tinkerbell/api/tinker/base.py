@@ -14,7 +14,7 @@ from tinkerbell.api.tinker import messages as m
 from tinkerbell.api.tinker import names
 from tinkerbell.errors import InvalidRequest, TooLarge
 from tinkerbell.events import kinds
-from tinkerbell.events.rows import CheckpointRow, SamplerRow, SessionRow
+from tinkerbell.events.rows import CheckpointRow, FutureRow, SamplerRow, SessionRow
 from tinkerbell.types import (
     AdapterId,
     ModelInfo,
@@ -57,6 +57,13 @@ class TinkerSubmitting(Submitting):
         row = self._queries.sampler(self._tenant, text)
         if row is None:
             raise names.no_sampler(text)
+        return row
+
+    def request(self, text: str) -> FutureRow:
+        """Raises NotFound."""
+        row = self._queries.future(self._tenant, names.request_position(text))
+        if row is None:
+            raise names.no_request(text)
         return row
 
     def _living_session(self, text: str) -> None:

@@ -9,6 +9,7 @@ import re
 import secrets
 from typing import NamedTuple
 
+from tinkerbell.api.paging import MAX_POSITION
 from tinkerbell.errors import InvalidRequest, NotFound
 from tinkerbell.types import AdapterId, CheckpointId, CheckpointUse, SamplerId, SessionId
 
@@ -94,6 +95,19 @@ def checkpoint_name(text: str) -> str:
             f"path: {text!r} is no name of a checkpoint; 1 to 64 letters, digits, dots, dashes and underscores."
         )
     return text
+
+
+def request_position(text: str) -> int:
+    """Of a request that there may be. Raises NotFound in the words used for one that does not exist."""
+    number = int(text) if text.isdecimal() and len(text) < 20 else 0
+    if not 0 < number <= MAX_POSITION:
+        raise no_request(text)
+    return number
+
+
+def no_request(text: str) -> NotFound:
+    """One text for missing and foreign requests alike."""
+    return NotFound(f"There is no request {text!r}.")
 
 
 def no_session(text: str) -> NotFound:

@@ -249,6 +249,14 @@ class TinkerSubmitter(TinkerSubmitting):
         row = await asyncio.to_thread(self.sampler, sampler)
         return (await self._write(self._event(kinds.SamplerJoined(sampler=row.id), None))).position
 
+    async def cancel_sample(self, text: str) -> None:
+        """The scheduler is told, unless it was or the answer is there."""
+        row = await asyncio.to_thread(self.request, text)
+        if row.kind != "sample":
+            raise InvalidRequest(f"The request {text!r} is of kind {row.kind}; only samples can be cancelled.")
+        if row.state == "pending":
+            await self._write(self._event(kinds.SampleCancelled(request=row.id), f"tinker:cancel:{row.id}"))
+
     async def create_session(self, body: m.CreateSession, client: str) -> SessionId:
         """A session of the caller's. Its retry gives the same one."""
         self._require_small()

@@ -1,4 +1,4 @@
-"""What became of a request, by long poll."""
+"""Futures of requests: waited for by long poll, or given up."""
 
 import asyncio
 import contextlib
@@ -11,11 +11,10 @@ from litestar.params import JSONBody
 
 from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context
-from tinkerbell.api.paging import MAX_POSITION
-from tinkerbell.api.tinker import codec, reading
+from tinkerbell.api.tinker import codec, names, reading
 from tinkerbell.api.tinker import messages as m
 from tinkerbell.api.tinker.dependencies import Submit
-from tinkerbell.errors import Corrupt, NotFound
+from tinkerbell.errors import Corrupt
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.rows import AnsweredRow, FutureRow
 
@@ -32,10 +31,9 @@ async def retrieve_future(
 ) -> Response[Any]:
     """Protobuf for a forward_backward or a sample, JSON for everything else; 408 while there is no answer. It can be
     asked for any number of times."""
-    number = int(data.request_id) if data.request_id.isdecimal() and len(data.request_id) < 20 else 0
-    found = await context.waiter.wait(principal.tenant, number, HOLD_S) if 0 < number <= MAX_POSITION else None
+    found = await context.waiter.wait(principal.tenant, names.request_position(data.request_id), HOLD_S)
     if found is None:
-        raise NotFound(f"There is no request {data.request_id!r}.")
+        raise names.no_request(data.request_id)
     row, result = found
     if row.state == "pending":
         return Response(m.TryAgain(request_id=data.request_id), status_code=408)
@@ -93,6 +91,13 @@ def _completion(row: AnsweredRow) -> m.Completion:
     return m.Completion(state="finished", request_id=str(row.id), response_payload_uncompressed_size=size)
 
 
+@post("/cancel_future", status_code=204)
+async def cancel_future(data: JSONBody[m.RetrieveFuture], submit: NamedDependency[Submit]) -> None:
+    """A sample that waits fails, and is not charged for what did not run. A batch that runs is not interrupted: it
+    may still complete the sample. What has its answer keeps it."""
+    await submit(None).cancel_sample(data.request_id)
+
+
 def _answer(context: Context, row: FutureRow, result: Recorded | None) -> bytes | dict[str, Any]:
     store = context.store
     if result is None and row.result_position is not None:
@@ -103,4 +108,4 @@ def _answer(context: Context, row: FutureRow, result: Recorded | None) -> bytes 
     return reading.answer(store, request, result)
 
 
-router = Router(path="/", route_handlers=[retrieve_future, retrieve_futures])
+router = Router(path="/", route_handlers=[retrieve_future, retrieve_futures, cancel_future])

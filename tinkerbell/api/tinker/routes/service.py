@@ -43,8 +43,8 @@ async def client_config(data: JSONBody[m.ClientConfig]) -> dict[str, Any]:
 
 @post("/client/dynamic_config", status_code=200)
 async def dynamic_config(data: JSONBody[m.ClientConfig]) -> dict[str, Any]:
-    """Nothing of the defaults is changed."""
-    return {}
+    """The SDK says when nobody waits for a sample any more."""
+    return {"sample_cancel_enabled": True}
 
 
 @get("/healthz", opt=PUBLIC)
