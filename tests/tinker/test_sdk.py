@@ -16,6 +16,9 @@ from tests.support.real_model import real_model_directory
 from tests.support.server import fake_server
 from tests.tinker.conftest import CLIENTS, TIMEOUT_S, Sdk, real_server
 from tinkerbell.cli.process import ServerProcess
+from tinkerbell.config import Settings
+from tinkerbell.events import kinds
+from tinkerbell.events.store import EventStore
 
 pytestmark = [pytest.mark.tinker, pytest.mark.timeout(900)]
 
@@ -119,3 +122,19 @@ def test_a_full_line_holds_the_sdk_back(sdk: Sdk, tmp_path: Path) -> None:
         log = server.log_file.read_text()
     assert tokens == [2] * 300
     assert "Traceback" not in log
+
+
+def test_samples_that_are_given_up_do_not_run(sdk: Sdk, tmp_path: Path) -> None:
+    with fake_server(tmp_path, latency_us=4_000_000) as server:
+        assert sdk.client("given_up", server.url, model="fake") == [2, 19]
+    store = EventStore.open(Settings(data_dir=str(tmp_path)))
+    try:
+        cancelled, completed, failed = (
+            store.read(types=[f"sample.{what}"]) for what in ("cancelled", "completed", "failed")
+        )
+        assert store.check().num_pending == 0
+    finally:
+        store.close()
+    # The one that ran first may be one of the given up.
+    assert len(cancelled) == 19 and len(completed) <= 2 and len(failed) == 20 - len(completed)
+    assert {each.event.code for each in failed if isinstance(each.event, kinds.SampleFailed)} == {"cancelled"}
