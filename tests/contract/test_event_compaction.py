@@ -4,7 +4,7 @@ import pytest
 
 from tests.contract.test_event_erasure import two_tenants
 from tests.support import log
-from tinkerbell.errors import Compacted
+from tinkerbell.errors import Compacted, Gone
 from tinkerbell.events.blobs import BlobStore
 from tinkerbell.events.check_seals import KeptSeal
 from tinkerbell.events.kinds import Recorded
@@ -52,6 +52,22 @@ def test_what_was_named_is_gone_and_nothing_else(store: EventStore) -> None:
     # Its data key is not destroyed: the tenant goes on.
     (again,) = store.append(log.forward_backward("ad_alice", "alice"))
     assert store.body(again) is not None
+    store.check()
+
+
+def test_what_a_copy_names_as_well_stays(store: EventStore) -> None:
+    saved = two_tenants(store)["alice"][-1]
+    (copied,) = store.append(log.copied(saved))
+    bulk, num_files = compact(store, [saved])
+    assert bulk.num_blobs == len(saved.blobs) and num_files == 0
+    assert store.blob(copied.blobs["weights"])
+    (again,) = store.append(log.copied(saved, "ck_again", "ad_again"))
+    assert compact(store, [copied])[1] == 0
+    assert compact(store, [again])[1] == len(saved.blobs)
+    with pytest.raises(Compacted):
+        store.blob(copied.blobs["weights"])
+    with pytest.raises(Gone, match="cannot be shared any more"):
+        store.append(log.copied(saved, "ck_late", "ad_late"))
     store.check()
 
 

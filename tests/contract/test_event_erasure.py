@@ -13,7 +13,7 @@ from tests.support import log
 from tests.support.life import live
 from tests.support.owner import as_owner
 from tinkerbell.config import Settings
-from tinkerbell.errors import Conflict, Corrupt, Erased, NotFound
+from tinkerbell.errors import Conflict, Corrupt, Erased, Gone, NotFound
 from tinkerbell.events import kinds
 from tinkerbell.events import tables as t
 from tinkerbell.events.blobs import BlobStore
@@ -134,6 +134,18 @@ def test_what_was_never_encrypted_leaves_no_trace(database_settings: Settings) -
         # Equal ones are stored once where they are not encrypted: what bob has as well is still his.
         (config,) = [row.blobs["adapter_config"] for row in store.queries.checkpoints("bob")]
         assert store.blob(config) == b"{}"
+
+
+def test_copies_are_erased_with_their_tenant(store: EventStore) -> None:
+    saved = two_tenants(store)["alice"][-1]
+    (copied,) = store.append(log.copied(saved))
+    done = erase(store)
+    assert (done.num_checkpoints, done.num_files) == (2, 4)
+    with pytest.raises(Erased, match="alice"):
+        store.blob(copied.blobs["weights"])
+    with pytest.raises(Gone):
+        store.append(log.copied(saved, "ck_late", "ad_late"))
+    store.check()
 
 
 def test_a_clock_that_was_ahead_saves_no_key(store: EventStore, database_settings: Settings) -> None:

@@ -77,7 +77,7 @@ def test_adapters_and_checkpoints(store: EventStore) -> None:
     saved = q.checkpoint("alice", "ck_one")
     assert saved is not None and saved.kind == "save" and set(saved.blobs) == {"weights", "adapter_config", "optimizer"}
     assert q.checkpoint("bob", "ck_one") is None
-    assert [c.id for c in q.checkpoints("alice")] == ["ck_one"]
+    assert [c.id for c in q.checkpoints("alice")] == ["ck_one", "ck_copy"]
     assert [c.id for c in q.checkpoints("alice", "ad_one", kind=None)] == ["ck_one", "ck_rec"]
     assert q.checkpoints("alice", "ad_other") == []
 

@@ -17,6 +17,7 @@ from tinkerbell.errors import (
     AlreadyAnswered,
     Conflict,
     Fenced,
+    Gone,
     IdempotencyConflict,
     InvalidRequest,
     NotFound,
@@ -89,6 +90,28 @@ def test_named_blobs_are_kept_once_by_content(database_settings: Settings) -> No
         assert (report.num_blobs, report.blob_bytes) == (3, 5000 + 2 + 5007)
         row = store.queries.checkpoint("alice", "ck_one")
         assert row is not None and row.blobs == done[0].blobs and row.after_seq == 1
+
+
+def test_a_copy_shares_the_blobs_of_its_source(store: EventStore) -> None:
+    """Nothing is asked of its run, whose id must be free."""
+    ready(store)
+    saved = one(store, log.save_completed(one(store, log.save())))
+    copied = one(store, log.copied(saved))
+    assert copied.blobs == saved.blobs and store.check().num_blobs == 3
+    source, copy = (store.queries.checkpoint("alice", id_) for id_ in ("ck_one", "ck_copy"))
+    assert source is not None and copy is not None and copy.blobs == source.blobs and copy.lora == source.lora
+    run = store.queries.adapter("alice", "ad_copy")
+    assert run is not None and (run.state, run.checkpoint, run.step) == ("removed", "ck_one", copy.step)
+    for refused in (log.copied(saved), log.copied(saved, adapter="ad_one"), log.add_lora("ad_copy")):
+        with pytest.raises(Conflict):
+            store.append(refused)
+    for asked in (log.optim_step("ad_copy"), log.sample("ad_copy"), log.remove_lora("ad_copy")):
+        with pytest.raises(NotFound):
+            store.append(asked)
+    missing = msgspec.structs.replace(log.copied(saved, adapter="ad_new"), shared={"weights": "00" * 32})
+    with pytest.raises(Gone, match="weights"):
+        store.append(missing)
+    assert store.check().num_blobs == 3
 
 
 def test_the_same_idempotency_key_gives_the_first_event(store: EventStore) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.support.server import client_of, fake_server
@@ -99,6 +100,31 @@ def test_a_compacted_log_goes_on_where_it_was(tmp_path: Path, capsys: pytest.Cap
                 client.download_checkpoint(checkpoint, tmp_path / "saved.tar")
         assert command(capsys, directory, "audit", "verify")[0] == 0
     assert digests[0] == digests[1]
+
+
+def test_who_began_with_a_copy_needs_nothing_of_its_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data_dir, exported = tmp_path / "data", tmp_path / "run.tbrun"
+    with fake_server(data_dir) as server, client_of(server) as client:
+        adapter, _, checkpoint = trained(client)
+        path = f"weights/{checkpoint}"
+        with httpx.Client(base_url=f"{server.url}/api/v1/", headers={"X-API-Key": "tml-x"}) as tinker:
+            asked = {"source_path": f"tinker://{adapter}/{path}", "destination_project_id": "default"}
+            made = tinker.post("copy_weights", json=asked).raise_for_status().json()["tinker_path"]
+            tinker.delete(f"training_runs/{adapter}/checkpoints/{path}").raise_for_status()
+        (copy,) = [row for row in client.checkpoints() if made == f"tinker://{row.adapter_id}/{path}"]
+        client.adapter(adapter).remove().result(timeout=30)
+    status, _, err = command(capsys, data_dir, "db", "compact", "--older-than", "0h", "--yes")
+    assert status == 0, err
+    with fake_server(data_dir) as server, client_of(server) as client:
+        began = client.add_lora(checkpoint=copy.id, with_optimizer=True)
+        began.forward_backward(DATA)
+        assert began.optim_step(learning_rate=0.05).result(timeout=30).step == 4
+    assert command(capsys, data_dir, "audit", "verify")[0] == 0
+    assert command(capsys, data_dir, "replay", "verify", began.id)[0] == 0
+    assert command(capsys, data_dir, "replay", "export", began.id, "--out", str(exported))[0] == 0
+    assert command(capsys, data_dir, "replay", "verify", str(exported))[0] == 0
+    status, _, err = command(capsys, data_dir, "replay", "verify", copy.adapter_id)
+    assert status == 2 and f"copy of the checkpoint {checkpoint}" in err
 
 
 def test_ages_and_tenants_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

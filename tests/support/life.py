@@ -65,7 +65,8 @@ def live(store: EventStore) -> list[Recorded]:
     )
     lost_plan = kinds.BatchPlanned(batch="1.2", lane="control", environment="ef" * 32, units=[], estimated_us=1)
     store.append(log.system(lost_plan, fence), log.system(kinds.BatchLost(batch="1.2", reason="gone"), fence))
-    store.append(log.optim_step_completed(stepped, 1), log.save_completed(saved))
+    *_, kept = store.append(log.optim_step_completed(stepped, 1), log.save_completed(saved))
+    store.append(log.copied(kept))
     store.append(*[log.sample_completed(sample) for sample in reversed(samples)])
     recovery = kinds.CheckpointWritten(
         checkpoint="ck_rec", after_seq=3, step=1, lora=LoraConfig(rank=4), num_bytes=5, state_digest="d1"

@@ -185,6 +185,24 @@ def save_completed(of: Recorded, weights: bytes = b"weights") -> NewEvent:
     return result(event, of, blobs={"weights": weights, "adapter_config": b"{}", "optimizer": b"moments" + weights})
 
 
+def copied(of: Recorded, checkpoint: str = "ck_copy", adapter: str = "ad_copy") -> NewEvent:
+    """checkpoint.copied of a save.completed"""
+    assert isinstance(of.event, kinds.SaveCompleted)
+    event = kinds.CheckpointCopied(
+        checkpoint=checkpoint,
+        source=of.event.checkpoint,
+        name="mine",
+        use=of.event.use,
+        base_model="tiny",
+        seed=7,
+        step=of.event.step,
+        lora=of.event.lora,
+        num_bytes=of.event.num_bytes,
+        state_digest=of.event.state_digest,
+    )
+    return NewEvent(event=event, tenant=of.tenant, stream=f"adapter/{adapter}", adapter=adapter, shared=of.blobs)
+
+
 def remove_lora(adapter: str = "ad_one", tenant: str = "alice") -> NewEvent:
     """remove_lora.requested"""
     return request(kinds.RemoveLoraRequested(), adapter, tenant)
@@ -347,6 +365,23 @@ def examples() -> dict[str, tuple[AnyEvent, Body | None]]:
         (kinds.SamplerCreated(sampler="se_one:sample:0", session="se_one", checkpoint="ck_one"), None),
         (kinds.SamplerJoined(sampler="se_one:sample:0"), None),
         (kinds.CheckpointChanged(checkpoint="ck_one", expires_us=2**60, published=True, deleted=True), None),
+        (
+            kinds.CheckpointCopied(
+                checkpoint="ck_two",
+                source="ck_one",
+                name="mine",
+                use="sampler",
+                base_model="tiny",
+                seed=7,
+                step=3,
+                lora=lora,
+                num_bytes=99,
+                state_digest="cd" * 32,
+                ttl_s=3600,
+                user_metadata={"k": "v"},
+            ),
+            None,
+        ),
         (kinds.KeyCreated(key_id="k_one", key_hash="12" * 32, admin=True, note="laptop"), None),
         (kinds.KeyRevoked(key_id="k_one"), None),
         (

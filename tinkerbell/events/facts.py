@@ -10,9 +10,10 @@ from tinkerbell.events.kinds import NewEvent
 from tinkerbell.events.leases import stream_of
 from tinkerbell.events.projections import Cause
 from tinkerbell.events.reading import at_positions
+from tinkerbell.events.removal import FILE
 from tinkerbell.events.rules import AdapterFacts, LeaseFacts, Original, State, StreamHead
 from tinkerbell.events.statements import Lookup, Statements
-from tinkerbell.events.tables import adapters, events, futures, leases, log_head, streams
+from tinkerbell.events.tables import adapters, blobs, events, futures, leases, log_head, streams
 
 _HEAD = sa.select(log_head.c.position)
 _LOCKED_HEAD = _HEAD.with_for_update()
@@ -68,6 +69,7 @@ def read_state(
         _adapters(statements, named),
         causes,
         _leases(statements, wanted),
+        _blobs(connection, {bytes.fromhex(digest) for new in news for digest in new.shared.values()}),
     )
 
 
@@ -97,3 +99,10 @@ def _causes(statements: Statements, ids: set[int]) -> dict[int, Cause]:
 
 def _leases(statements: Statements, resources: set[str]) -> dict[str, LeaseFacts]:
     return {row[0]: LeaseFacts(*row[1:]) for row in statements.look_up(_LEASES, resources)}
+
+
+def _blobs(connection: sa.Connection, hashes: set[bytes]) -> frozenset[bytes]:
+    if not hashes:
+        return frozenset()
+    there = sa.select(blobs.c.hash).where(blobs.c.hash.in_(hashes), blobs.c.location == FILE)
+    return frozenset(connection.execute(there).scalars())

@@ -382,6 +382,26 @@ class CheckpointChanged(Event, frozen=True, kw_only=True, tag="checkpoint.change
     deleted: bool = False
 
 
+class CheckpointCopied(Event, frozen=True, kw_only=True, tag="checkpoint.copied"):
+    """A checkpoint is there once more, in a run of its own that nobody can train. Blobs: those of the source.
+    They stay for as long as one of the two is there."""
+
+    checkpoint: CheckpointId
+    source: CheckpointId
+    name: str
+    use: CheckpointUse
+    base_model: str
+    seed: int
+    """Of the adapter that the source was saved of."""
+    step: int
+    lora: LoraConfig
+    num_bytes: int
+    state_digest: str
+    ttl_s: int | None = None
+    """Seconds from now after which nobody can use the copy; None: for good, whatever holds for the source."""
+    user_metadata: dict[str, str] = {}
+
+
 class KeyCreated(Event, frozen=True, kw_only=True, tag="key.created"):
     """An API key; only its hash is kept."""
 
@@ -477,6 +497,8 @@ AnyResult = (
     | LoadCompleted
     | AnyFailed
 )
+AnyCheckpoint = SaveCompleted | CheckpointWritten | CheckpointCopied
+"""Events that make a checkpoint and name its blobs."""
 AnyEvent = (
     AnyRequest
     | SampleCancelled
@@ -492,6 +514,7 @@ AnyEvent = (
     | SamplerCreated
     | SamplerJoined
     | CheckpointChanged
+    | CheckpointCopied
     | KeyCreated
     | KeyRevoked
     | TenantConfigured
@@ -597,6 +620,9 @@ class NewEvent(msgspec.Struct, frozen=True, kw_only=True):
     body: Body | None = None
     blobs: dict[str, bytes] = {}
     """Name -> bytes, written durably to the blob store before the event."""
+    shared: dict[str, str] = {}
+    """Name -> hash (hex) of blobs that an earlier event brought; the event names them as well. Gone where one was
+    removed."""
     causation: int | None = None
     """Position of the request this answers."""
     correlation: str | None = None

@@ -112,6 +112,11 @@ def fold(recorded: Recorded, cause: Cause | None) -> list[Change]:
         case kinds.CheckpointChanged():
             kept: Row = {"expires_us": event.expires_us, "published": event.published, "deleted": event.deleted}
             return [Set("checkpoints", (event.checkpoint,), kept)]
+        case kinds.CheckpointCopied():
+            return [
+                Put("adapters", (recorded.adapter,), _copied_run(recorded, event)),
+                _checkpoint(recorded, event, kind="save", name=event.name, after_seq=-1),
+            ]
         case kinds.SessionStarted():
             values: Row = {
                 "tenant": recorded.tenant,
@@ -238,6 +243,28 @@ def _adapter(recorded: Recorded, event: kinds.AddLoraRequested) -> Row:
     }
 
 
+def _copied_run(recorded: Recorded, event: kinds.CheckpointCopied) -> Row:
+    """It was never in memory, and is as one that has left it."""
+    return {
+        "tenant": recorded.tenant,
+        "name": None,
+        "base_model": event.base_model,
+        "lora": canonical_json(event.lora),
+        "seed": event.seed,
+        "checkpoint": event.source,
+        "with_optimizer": "optimizer" in recorded.blobs,
+        "user_metadata": None,
+        "state": "removed",
+        "num_parameters": None,
+        "step": event.step,
+        "next_seq": 0,
+        "done_seq": -1,
+        "last_loss": None,
+        "state_digest": event.state_digest,
+        "created_us": recorded.at_us,
+    }
+
+
 def _result(recorded: Recorded, event: kinds.Result, cause: Cause) -> list[Change]:
     failed = isinstance(event, kinds.Failed)
     tokens_out = event.num_sampled_tokens if isinstance(event, kinds.SampleCompleted) else 0
@@ -295,14 +322,14 @@ def _effect(event: kinds.Result) -> Row:
 
 def _checkpoint(
     recorded: Recorded,
-    event: kinds.SaveCompleted | kinds.CheckpointWritten,
+    event: kinds.AnyCheckpoint,
     *,
     kind: str,
     name: str | None,
     after_seq: int,
 ) -> Put:
     lora: LoraConfig = event.lora
-    saved = event if isinstance(event, kinds.SaveCompleted) else None
+    saved = None if isinstance(event, kinds.CheckpointWritten) else event
     ttl_s = saved.ttl_s if saved else None
     values = {
         "tenant": recorded.tenant,

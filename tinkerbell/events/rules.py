@@ -14,6 +14,7 @@ from tinkerbell.errors import (
     AlreadyAnswered,
     Conflict,
     Fenced,
+    Gone,
     IdempotencyConflict,
     NotFound,
     SequenceConflict,
@@ -57,7 +58,7 @@ class Original(msgspec.Struct, frozen=True):
 
 
 class State(msgspec.Struct):
-    """The facts that admission needs, for the streams, adapters, requests, keys and leases of one group."""
+    """The facts that admission needs, for the streams, adapters, requests, keys, leases and blobs of one group."""
 
     position: int
     streams: MutableMapping[str, StreamHead]
@@ -65,6 +66,8 @@ class State(msgspec.Struct):
     adapters: MutableMapping[str, AdapterFacts]
     causes: MutableMapping[int, Cause]
     leases: MutableMapping[str, LeaseFacts]
+    blobs: frozenset[bytes]
+    """Hashes of the shared blobs that are there. Within a group none of them goes."""
 
     def fork(self) -> "State":
         """A state whose changes can be thrown away."""
@@ -75,6 +78,7 @@ class State(msgspec.Struct):
             ChainMap({}, self.adapters),
             ChainMap({}, self.causes),
             ChainMap({}, self.leases),
+            self.blobs,
         )
 
     def merge(self, fork: "State") -> None:
@@ -99,13 +103,14 @@ def admit(state: State, prepared: Prepared, blobs: dict[str, bytes], now_us: int
     """The event's place in the log, or the earlier event that has its idempotency key. A refused event leaves the
     state as it is.
 
-    Raises NotFound, Conflict, IdempotencyConflict, SequenceConflict, AlreadyAnswered, Fenced.
+    Raises NotFound, Conflict, IdempotencyConflict, SequenceConflict, AlreadyAnswered, Fenced, Gone.
     """
     new = prepared.new
     original = _original(state, new)
     if original is not None:
         return original
     _check_fence(state, new)
+    _check_shared(state, new)
     seq, cause, facts = None, None, None
     match new.event:
         case kinds.Request():
@@ -114,6 +119,8 @@ def admit(state: State, prepared: Prepared, blobs: dict[str, bytes], now_us: int
             cause, facts = _admit_result(state, new, new.event)
         case kinds.LeaseGranted():
             _check_lease(state, new.event)
+        case kinds.CheckpointCopied():
+            facts = _admit_copy(state, new)
         case _:
             pass
     admitted = _place(state, prepared, blobs, seq, cause, now_us)
@@ -144,6 +151,21 @@ def _check_fence(state: State, new: NewEvent) -> None:
     lease = state.leases.get(resource)
     if lease is None or lease.epoch != epoch:
         raise Fenced(f"epoch {epoch} of the lease {resource} is over; it is at {lease.epoch if lease else 0}")
+
+
+def _check_shared(state: State, new: NewEvent) -> None:
+    for name, digest in new.shared.items():
+        if bytes.fromhex(digest) not in state.blobs:
+            raise Gone(f"the blob {digest} ({name}) was removed; it cannot be shared any more")
+
+
+def _admit_copy(state: State, new: NewEvent) -> AdapterFacts:
+    """What is known of the run that it makes: nothing is asked of it, ever."""
+    if new.adapter is None:
+        raise TypeError("a copy needs a run of its own")
+    if new.adapter in state.adapters:
+        raise Conflict("there is an adapter with this id already")
+    return AdapterFacts(tenant=new.tenant, state="removed", next_seq=0, done_seq=-1)
 
 
 def _admit_request(state: State, new: NewEvent, event: kinds.Request) -> tuple[int | None, AdapterFacts | None]:

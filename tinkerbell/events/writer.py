@@ -240,7 +240,8 @@ class Writer:
         lengths: dict[bytes, int] = {}
         try:
             for item in items:
-                hashes = {name: ref.hash for name, ref in item.blobs.items()}
+                hashes = {name: bytes.fromhex(digest) for name, digest in item.prepared.new.shared.items()}
+                hashes |= {name: ref.hash for name, ref in item.blobs.items()}
                 placed = admit(state, item.prepared, hashes, now_us)
                 if isinstance(placed, Admitted):
                     admitted.append(placed)
@@ -293,8 +294,9 @@ def _insert(statements: Statements, group: _Group) -> None:
             {"hash": digest, "length": length, "location": "file", "created_us": now_us}
             for digest, length in group.lengths.items()
         ]
-        # "replace": one that was removed is there again.
-        statements.insert(blobs, rows, "replace")
+        if rows:
+            # "replace": one that was removed is there again.
+            statements.insert(blobs, rows, "replace")
     statements.insert(events, [item.row for item in group.admitted])
     if named:
         statements.insert(

@@ -240,7 +240,7 @@ class ArchiveLog:
         """See log.Log."""
         for each in self._rows:
             event = each.recorded.event
-            made = isinstance(event, kinds.SaveCompleted | kinds.CheckpointWritten) and event.checkpoint == checkpoint
+            made = isinstance(event, kinds.AnyCheckpoint) and event.checkpoint == checkpoint
             if made and each.recorded.tenant == tenant:
                 return each
         return None

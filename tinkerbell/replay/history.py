@@ -132,6 +132,12 @@ def find_run(log: Log, run: str) -> Entry:
         return made
     if len(ids) > 1:
         raise InvalidRequest(f"{len(ids)} runs are called {run}: say which of {', '.join(ids)}")
+    if (copied := next(log.entries(adapter=run, types=["checkpoint.copied"]), None)) is not None:
+        assert isinstance(copied.recorded.event, kinds.CheckpointCopied)
+        raise NotFound(
+            f"{run} is a copy of the checkpoint {copied.recorded.event.source}, and nothing ran in it: replay the run"
+            " that the checkpoint was saved of"
+        )
     raise NotFound(f"no run {run} in {log.name}; `tinkerbell replay runs` lists what there is")
 
 

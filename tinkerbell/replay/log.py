@@ -69,7 +69,7 @@ class Log(Protocol):
         ...
 
     def checkpoint(self, tenant: str, checkpoint: str) -> Entry | None:
-        """The save.completed or checkpoint.written that made a tenant's checkpoint."""
+        """The save.completed, checkpoint.written or checkpoint.copied that made a tenant's checkpoint."""
         ...
 
     def stored_body(self, at: Entry) -> bytes:

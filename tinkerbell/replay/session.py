@@ -108,7 +108,7 @@ class Session:
         if found is None:
             raise NotFound(f"no checkpoint {asked.checkpoint} in {self._log.name}")
         made = found.recorded.event
-        assert isinstance(made, kinds.SaveCompleted | kinds.CheckpointWritten)
+        assert isinstance(made, kinds.AnyCheckpoint)
         return await self.load(self._state(made, found.recorded.blobs), with_optimizer=asked.with_optimizer)
 
     async def load(self, state: AdapterState, *, with_optimizer: bool) -> AdapterReport:
@@ -134,7 +134,7 @@ class Session:
             recorded = msgspec.structs.replace(recorded, event=changed)
         return units_again(recorded, body_of(self._log, call.request))
 
-    def _state(self, event: kinds.SaveCompleted | kinds.CheckpointWritten, blobs: dict[str, str]) -> AdapterState:
+    def _state(self, event: kinds.AnyCheckpoint, blobs: dict[str, str]) -> AdapterState:
         return adapter_state(event.lora, event.step, event.state_digest, blobs, functools.partial(blob_of, self._log))
 
 

@@ -31,8 +31,8 @@ class _Needed:
         if recorded.adapter in self.lost:
             return True
         match recorded.event:
-            case kinds.SaveCompleted(checkpoint=checkpoint) | kinds.CheckpointWritten(checkpoint=checkpoint):
-                if checkpoint in self.checkpoints:
+            case kinds.SaveCompleted() | kinds.CheckpointWritten() | kinds.CheckpointCopied() as made:
+                if made.checkpoint in self.checkpoints:
                     return True
             case kinds.ForwardBackwardRequested() if recorded.adapter in self.boundaries:
                 if recorded.position > self.boundaries[recorded.adapter]:

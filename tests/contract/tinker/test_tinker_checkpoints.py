@@ -2,12 +2,17 @@
 
 from typing import Any
 
+import httpx
 import pytest
 
+from tests.contract.test_event_compaction import compact
 from tests.support.api_driver import answer
 from tests.support.tinker_driver import LORA, OWNER, Tinker
 from tinkerbell.api.tinker import wire_pb2 as pb
+from tinkerbell.errors import Compacted
 from tinkerbell.events import kinds
+from tinkerbell.events.rows import CheckpointRow
+from tinkerbell.scheduler.expendable import expendable
 
 
 def test_a_name_is_taken_until_it_is_overwritten_or_gone(tinker: Tinker) -> None:
@@ -163,3 +168,178 @@ def test_a_session_that_ended(tinker: Tinker) -> None:
     other = tinker.session()
     made = tinker.ok("load_weights", session_id=other, model_seq_id=0, path=path, optimizer=True)
     assert made["model_id"] == f"{other}:train:0"
+
+
+# ---- copies ----------------------------------------------------------------------------------------------------------
+
+
+def asked_copy(tinker: Tinker, path: str, *, key: str | None = None, **more: Any) -> httpx.Response:
+    body = {"source_path": path, **({} if "session_id" in more else {"destination_project_id": "default"}), **more}
+    headers = {"X-SDK-Version": "0.38.0"} | ({} if key is None else {"X-Idempotency-Key": key})
+    return tinker.call("POST", "copy_weights", json=body, headers=headers)
+
+
+def copied(tinker: Tinker, path: str, **more: Any) -> str:
+    """Path of the copy."""
+    found = asked_copy(tinker, path, **more)
+    assert found.status_code == 200, found.text
+    made: str = found.json()["tinker_path"]
+    return made
+
+
+def route_of(path: str) -> str:
+    model, kind, name = path.removeprefix("tinker://").split("/")
+    return f"training_runs/{model}/checkpoints/{kind}/{name}"
+
+
+def row_at(tinker: Tinker, path: str) -> CheckpointRow:
+    run = path.removeprefix("tinker://").split("/")[0]
+    (row,) = tinker.api.store.queries.checkpoints(OWNER, run)
+    return row
+
+
+def compact_all(tinker: Tinker) -> int:
+    """Files deleted."""
+    store = tinker.api.store
+    told = [store.get(position) for position in expendable(store, OWNER, 2**60)]
+    return compact(store, [recorded for recorded in told if recorded is not None])[1]
+
+
+def test_a_copy_outlives_its_source(tinker: Tinker) -> None:
+    store, model = tinker.api.store, tinker.model()
+    path = tinker.saved(model, 1, user_metadata={"k": "v"}, ttl_seconds=7200)
+    copy = copied(tinker, path, key="one")
+    run = copy.removeprefix("tinker://").split("/")[0]
+    assert copy == f"tinker://{run}/weights/step-1" and run.endswith(":train:0") and run != model
+    (listed,) = tinker.call("GET", f"training_runs/{run}/checkpoints").json()["checkpoints"]
+    (source,) = tinker.call("GET", f"training_runs/{model}/checkpoints").json()["checkpoints"]
+    kept = ("checkpoint_id", "checkpoint_type", "size_bytes", "user_metadata", "public")
+    assert {name: listed[name] for name in kept} == {name: source[name] for name in kept}
+    assert listed["tinker_path"] == copy and listed["expires_at"] is None and source["expires_at"] is not None
+    assert row_at(tinker, copy).blobs == row_at(tinker, path).blobs, "no bytes are written twice"
+    shown = tinker.call("GET", f"training_runs/{run}").json()
+    assert shown["last_checkpoint"] == listed and not shown["corrupted"]
+    session = run.partition(":")[0]
+    assert tinker.call("GET", f"sessions/{session}").json()["training_run_ids"] == [run]
+    found = tinker.call("GET", "checkpoints").json()["checkpoints"]
+    assert [each["tinker_path"] for each in found] == [copy, path]
+
+    assert tinker.call("DELETE", route_of(path)).status_code == 204
+    assert tinker.post(f"sessions/{model.partition(':')[0]}/finish", reason={"type": "success"}).status_code == 204
+    (removal,) = store.read(limit=100, adapter=model, types=["remove_lora.requested"])
+    answer(store, removal.position)
+    compact_all(tinker)
+    assert store.blob(row_at(tinker, copy).blobs["weights"]) == b"w" * 1000
+    assert tinker.ok("weights_info", tinker_path=copy)["lora_rank"] == LORA["rank"]
+    assert asked_copy(tinker, path).status_code == 404
+    assert asked_copy(tinker, path, key="one").json() == {"tinker_path": copy}, "a retry, whatever became of the source"
+    body = {"session_id": tinker.session(), "model_seq_id": 0, "path": copy, "optimizer": True}
+    loaded = tinker.ok("load_weights", **body)
+    answer(store, int(loaded["request_id"]))
+    assert tinker.ok("retrieve_future", request_id=loaded["request_id"])["path"] == copy
+    again = copied(tinker, copy)
+    for method, route in (("POST", "publish"), ("DELETE", "publish"), ("PUT", "ttl")):
+        sent = {"json": {"ttl_seconds": 60}} if route == "ttl" else {}
+        assert tinker.call(method, f"{route_of(again)}/{route}", **sent).status_code == 204
+    assert row_at(tinker, again).expires_us is not None
+    store.check()
+
+
+def test_the_bytes_go_with_the_last_that_has_them(tinker: Tinker) -> None:
+    store = tinker.api.store
+    path = tinker.saved(tinker.model(), 1, "sampled", "save_weights_for_sampler")
+    copy = copied(tinker, path)
+    blobs = row_at(tinker, copy).blobs
+    assert tinker.call("DELETE", route_of(copy)).status_code == 204
+    assert asked_copy(tinker, copy).status_code == 404
+    assert compact_all(tinker) == 0
+    store.require_blobs(blobs.values())
+    assert tinker.call("DELETE", route_of(path)).status_code == 204
+    assert compact_all(tinker) == len(blobs)
+    with pytest.raises(Compacted):
+        store.require_blobs(blobs.values())
+    store.check()
+
+
+def test_a_retried_copy_is_one(tinker: Tinker) -> None:
+    path = tinker.saved(tinker.model(), 1)
+    sessions = len(tinker.api.store.queries.sessions(OWNER))
+    made = {copied(tinker, path, key="one") for _ in range(3)}
+    assert len(made) == 1 and len(tinker.api.store.queries.sessions(OWNER)) == sessions + 1
+    assert tinker.api.store.queries.sessions(OWNER)[0].client == "tinker/0.38.0"
+    found = asked_copy(tinker, path, key="one", ttl_seconds=3600)
+    assert found.status_code == 400 and "another request" in found.json()["detail"]
+    assert {copied(tinker, path, key="two"), copied(tinker, path), copied(tinker, path)}.isdisjoint(made)
+    tinker.api.store.check()
+
+
+def test_a_copy_in_a_session_takes_a_number_and_is_not_trained(tinker: Tinker) -> None:
+    path = tinker.saved(tinker.model(), 1)
+    session = tinker.session()
+    for _ in range(2):
+        made = copied(tinker, path, key="one", session_id=session, model_seq_id=3)
+        assert made == f"tinker://{session}:train:3/weights/step-1"
+    for taken in ({"source_path": path}, {"path": path}, {"base_model": "tiny", "lora_config": LORA}):
+        name = next(iter(taken))
+        route = {"source_path": "copy_weights", "path": "load_weights", "base_model": "create_model"}[name]
+        found = tinker.post(route, session_id=session, model_seq_id=3, **taken)
+        assert found.status_code == 400 and "already" in found.json()["detail"], route
+    run = f"{session}:train:3"
+    assert tinker.forward_backward(run, 1).status_code == 404
+    assert tinker.post("optim_step", model_id=run, seq_id=1, adam_params={}).status_code == 404
+    assert tinker.post("save_weights", model_id=run, seq_id=1, path="x").status_code == 404
+    assert tinker.post("load_weights", model_id=run, seq_id=1, path=path).status_code == 404
+    assert tinker.ok("get_info", model_id=run)["lora_rank"] == LORA["rank"]
+    assert tinker.post(f"sessions/{session}/finish", reason={"type": "success"}).status_code == 204
+    found = asked_copy(tinker, path, session_id=session, model_seq_id=4)
+    assert found.status_code == 400 and "ended" in found.json()["detail"]
+    tinker.api.store.check()
+
+
+def test_a_copy_is_sampled_from_and_taken_away(tinker: Tinker) -> None:
+    model = tinker.model()
+    copy = copied(tinker, tinker.saved(model, 1, "one", "save_weights_for_sampler"))
+    session = tinker.session()
+    body = {"session_id": session, "sampling_session_seq_id": 0, "model_path": copy}
+    sampler = tinker.ok("create_sampling_session", **body)["sampling_session_id"]
+    assert tinker.call("GET", f"samplers/{sampler}").json()["model_path"] == copy
+    prompt = {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]}
+    tinker.ok("asample", sampling_session_id=sampler, seq_id=0, prompt=prompt, sampling_params={"max_tokens": 2})
+    made = tinker.api.store.read(limit=10, adapter=sampler)[0].event
+    assert isinstance(made, kinds.AddLoraRequested) and made.checkpoint == row_at(tinker, copy).id
+    taken = copied(tinker, tinker.saved(model, 2, "two", "save_weights_external"))
+    url = tinker.call("GET", f"{route_of(taken)}/external_weights_urls").json()["urls"]["adapter_model.safetensors"]
+    assert tinker.api.get(url).content == b"w" * 1000
+
+
+def test_a_checkpoint_without_a_name_is_copied_under_its_id(tinker: Tinker) -> None:
+    adapter = tinker.api.adapter(OWNER)
+    saved = tinker.api.complete(f"/v1/adapters/{adapter}/checkpoints", OWNER)["result"]["checkpoint_id"]
+    copy = copied(tinker, f"tinker://{adapter}/weights/{saved}", ttl_seconds=3600)
+    assert copy.endswith(f":train:0/weights/{saved}")
+    row = row_at(tinker, copy)
+    assert row.id != saved and row.expires_us == row.created_us + 3600 * 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("change", "detail"),
+    [
+        ({"destination_project_id": "proj-archive"}, "no project 'proj-archive'"),
+        ({"destination_project_id": None}, "destination_project_id, or session_id and model_seq_id"),
+        ({"model_seq_id": 1}, "destination_project_id, or session_id and model_seq_id"),
+        ({"weights_access_token": "secret"}, "leave it out"),
+        ({"ttl_seconds": 3599}, "3600"),
+        ({"ttl_seconds": 10**9}, "315576000"),
+        ({"source_path": "tinker://x/y"}, "no path of a checkpoint"),
+    ],
+)
+def test_bad_copies_are_named(tinker: Tinker, change: dict[str, Any], detail: str) -> None:
+    path = tinker.saved(tinker.model(), 1)
+    head = tinker.api.store.head()
+    found = asked_copy(tinker, **({"path": path} | {"path" if k == "source_path" else k: v for k, v in change.items()}))
+    assert found.status_code == 400 and detail in found.json()["detail"], found.text
+    body = {"source_path": path, "destination_project_id": OWNER}
+    found = tinker.call("POST", "copy_weights", json=body, headers={"X-Tinker-Weights-Access-Token": "secret"})
+    assert found.status_code == 400 and "secret" not in found.text
+    assert tinker.api.store.head() == head, "nothing was written"
+    assert tinker.post("copy_weights", **body).status_code == 200, "a tenant's name is its project"

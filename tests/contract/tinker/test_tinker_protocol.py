@@ -71,6 +71,13 @@ def test_what_is_anothers_is_not_there(tinker: Tinker) -> None:
         ("POST", "retrieve_futures", {"target": {"type": "sampling_session", "sampling_session_id": sampler}}),
         ("POST", "cancel_future", {"request_id": request_id}),
         ("POST", "weights_info", {"tinker_path": path}),
+        ("POST", "copy_weights", {"source_path": path, "destination_project_id": "default"}),
+        (
+            "POST",
+            "copy_weights",
+            {"source_path": path, "session_id": stranger.session(), "model_seq_id": 0},
+        ),
+        ("POST", "copy_weights", {"source_path": path, "session_id": session, "model_seq_id": 9}),
         ("GET", run, {}),
         ("GET", f"{run}/checkpoints", {}),
         ("DELETE", f"{run}/checkpoints/weights/step-1", {}),

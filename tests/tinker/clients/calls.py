@@ -171,6 +171,14 @@ def calls(wait: Callable[[Any], Any]) -> None:
         wait(rest.publish_checkpoint_from_tinker_path(state.path))
         wait(rest.unpublish_checkpoint_from_tinker_path(state.path))
         wait(rest.set_checkpoint_ttl_from_tinker_path(state.path, 3600))
+        copy_of_state = wait(rest.copy_weights(state.path, "default"))
+        ok("copy_weights", copy_of_state != state.path and copy_of_state.endswith("/weights/step-1"))
+        begun = wait(service.create_training_client_from_state_with_optimizer(copy_of_state))
+        ok("training from a copy", wait(begun.forward([datum(weights=ones)], "cross_entropy")).metrics)
+        copy_of_sampler = wait(rest.copy_weights(named.path, "default", ttl_seconds=3600))
+        copied = wait(service.create_sampling_client(model_path=copy_of_sampler))
+        logprobs = [wait(each.sample(prompt, 1, greedy)).sequences[0].logprobs for each in (copied, from_path)]
+        ok("sampling from a copy", logprobs[0] == logprobs[1])
         urls = wait(rest.get_external_weights_urls(external.path)).urls
         config = json.loads(urllib.request.urlopen(urls["adapter_config.json"]).read())
         ok("download", config["r"] == 8)

@@ -14,16 +14,21 @@ from tinkerbell.api.tinker import messages as m
 from tinkerbell.api.tinker import names
 from tinkerbell.errors import InvalidRequest, TooLarge
 from tinkerbell.events import kinds
+from tinkerbell.events.queries import Queries
 from tinkerbell.events.rows import CheckpointRow, FutureRow, SamplerRow, SessionRow
 from tinkerbell.types import (
     AdapterId,
     ModelInfo,
+    TenantId,
 )
 
 MAX_SMALL_BYTES = 65_536
 """Of a request that carries no data."""
 
 SEED_BITS = (1 << 63) - 1
+
+PROJECT = "default"
+"""What every tenant may call the one project that it has."""
 
 
 def served_names(model: ModelInfo) -> tuple[str, ...]:
@@ -34,6 +39,18 @@ def served_names(model: ModelInfo) -> tuple[str, ...]:
 def base_model(model: ModelInfo) -> str:
     """What clients are told: `AutoTokenizer.from_pretrained` takes it."""
     return served_names(model)[0]
+
+
+def usable_at(queries: Queries, tenant: TenantId, path: names.Path) -> CheckpointRow:
+    """The checkpoint that the path names. Raises NotFound."""
+    row = queries.saved(tenant, path.model, path.use, path.name)
+    if row is None and path.use == "state":
+        # Saved through /v1 without a name.
+        found = queries.checkpoint(tenant, path.name)
+        row = found if found is not None and found.kind == "save" and found.adapter == path.model else None
+    if row is None or not row.is_usable(time.time_ns() // 1000):
+        raise names.no_path(path)
+    return row
 
 
 class TinkerSubmitting(Submitting):
@@ -71,11 +88,7 @@ class TinkerSubmitting(Submitting):
             raise InvalidRequest(f"The session {text!r} has ended; start another one.")
 
     def _at_path(self, text: str) -> CheckpointRow:
-        path = names.parse_path(text)
-        row = self._queries.saved(self._tenant, path.model, path.use, path.name)
-        if row is None or not row.is_usable(time.time_ns() // 1000):
-            raise names.no_path(path)
-        return row
+        return usable_at(self._queries, self._tenant, names.parse_path(text))
 
     def _require_free(self, path: names.Path, *, overwrite: bool) -> None:
         row = self._queries.saved(self._tenant, path.model, path.use, path.name)
@@ -104,9 +117,10 @@ class TinkerSubmitting(Submitting):
             )
         )
 
-    async def _write(self, event: kinds.NewEvent) -> kinds.Recorded:
+    async def _write(self, *events: kinds.NewEvent) -> kinds.Recorded:
+        """The last of them, which enter together."""
         loop = asyncio.get_running_loop()
-        return (await (await asyncio.to_thread(self._context.store.submit_from, loop, event)))[-1]
+        return (await (await asyncio.to_thread(self._context.store.submit_from, loop, *events)))[-1]
 
     def _event(self, event: kinds.AnyEvent, key: str | None) -> kinds.NewEvent:
         """One of the tenant's own stream; `key` makes it happen once."""
@@ -162,6 +176,11 @@ def check_base_model(name: str, model: ModelInfo) -> None:
 def check_optimizer(name: str) -> None:
     if name != "adamw":
         raise InvalidRequest(f"optimizer_config: {name!r} is not served; adamw is.")
+
+
+def check_project(name: str, tenant: TenantId) -> None:
+    if name not in (PROJECT, tenant):
+        raise InvalidRequest(f"There is no project {name!r}; you have one, which is called {tenant!r} or {PROJECT!r}.")
 
 
 def check_loadable(checkpoint: CheckpointRow, optimizer: bool) -> None:

@@ -9,7 +9,7 @@ from tinkerbell.api import validation
 from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context
 from tinkerbell.api.tinker import names, reading
-from tinkerbell.api.tinker.base import base_model
+from tinkerbell.api.tinker.base import base_model, usable_at
 from tinkerbell.api.views import rfc3339
 from tinkerbell.events.queries import Queries
 from tinkerbell.events.rows import AdapterRow, CheckpointRow
@@ -72,14 +72,7 @@ class Catalog:
     def at(self, run_id: str, kind: str, name: str) -> CheckpointRow:
         """Raises NotFound, InvalidRequest."""
         path = names.parse_path(f"tinker://{run_id}/{kind}/{name}")
-        row = self._queries.saved(self._tenant, path.model, path.use, path.name)
-        if row is None and path.use == "state":
-            # Saved through /v1 without a name.
-            found = self._queries.checkpoint(self._tenant, path.name)
-            row = found if found is not None and found.kind == "save" and found.adapter == path.model else None
-        if row is None or not row.is_usable(now_us()):
-            raise names.no_path(path)
-        return row
+        return usable_at(self._queries, self._tenant, path)
 
 
 async def ask(context: Context, principal: Principal, question: Callable[[Catalog], T]) -> T:

@@ -7,6 +7,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+TEN_YEARS_S = 315_576_000
 SeqId = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 CLONE_SEQS = 10**9
 """Clients of one sampling session number their samples from a multiple of this on."""
@@ -140,6 +141,17 @@ class LoadWeights(Message, frozen=True, kw_only=True):
     base_model: str | None = None
     user_metadata: dict[str, str] | None = None
     optimizer_config: OptimizerConfig = OptimizerConfig()
+    weights_access_token: str | None = None
+
+
+class CopyWeights(Message, frozen=True, kw_only=True):
+    """POST copy_weights; into a new session of a project, or as a model of a session"""
+
+    source_path: str
+    destination_project_id: str | None = None
+    session_id: str | None = None
+    model_seq_id: SeqId | None = None
+    ttl_seconds: Annotated[int, Meta(ge=3600, le=TEN_YEARS_S)] | None = None
     weights_access_token: str | None = None
 
 

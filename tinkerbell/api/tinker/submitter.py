@@ -9,8 +9,8 @@ import asyncio
 
 import msgspec
 
-from tinkerbell.api import validation
-from tinkerbell.api.submitting import Draft
+from tinkerbell.api import idempotency, validation
+from tinkerbell.api.submitting import Draft, new_id
 from tinkerbell.api.tinker import codec, names, sampling
 from tinkerbell.api.tinker import messages as m
 from tinkerbell.api.tinker import wire_pb2 as pb
@@ -20,9 +20,10 @@ from tinkerbell.api.tinker.base import (
     check_base_model,
     check_loadable,
     check_optimizer,
+    check_project,
     seed_of,
 )
-from tinkerbell.errors import InvalidRequest
+from tinkerbell.errors import InvalidRequest, UserError
 from tinkerbell.events import kinds
 from tinkerbell.events.rows import CheckpointRow
 from tinkerbell.types import (
@@ -196,6 +197,71 @@ class TinkerSubmitter(TinkerSubmitting):
             return Draft(event=event, before=(self._sampler_event(made),))
 
         return await self._for_model("save", body.model_id, unnamed)
+
+    async def copy_weights(self, body: m.CopyWeights, client: str) -> names.Path:
+        """A checkpoint once more, of the same kind and with the same bytes, in a new run that cannot be trained. Its
+        retry gives the same one."""
+        self._require_small()
+        key = self._caller.idempotency_key
+        hashed = None if key is None else idempotency.request_hash("copy_weights", None, self._caller.raw)
+
+        def made() -> kinds.Recorded | tuple[kinds.NewEvent, ...]:
+            try:
+                return self._copies(body, client, hashed)
+            except UserError:
+                # A copy whose first answer was lost is there, whatever became of its source.
+                known = idempotency.find(self._context.store, self._tenant, key, hashed)
+                if known is None:
+                    raise
+                return known
+
+        found = await asyncio.to_thread(made)
+        recorded = found if isinstance(found, kinds.Recorded) else await self._write(*found)
+        assert isinstance(recorded.event, kinds.CheckpointCopied) and recorded.adapter is not None
+        return names.Path(recorded.adapter, recorded.event.use, recorded.event.name)
+
+    def _copies(self, body: m.CopyWeights, client: str, hashed: bytes | None) -> tuple[kinds.NewEvent, ...]:
+        if body.destination_project_id is not None:
+            check_project(body.destination_project_id, self._tenant)
+        key = self._caller.idempotency_key
+        before: tuple[kinds.NewEvent, ...] = ()
+        if body.session_id is not None and body.model_seq_id is not None:
+            self._living_session(body.session_id)
+            run = names.model_id(body.session_id, body.model_seq_id)
+            if self._queries.adapter(self._tenant, run) is not None:
+                raise InvalidRequest(f"model_seq_id: there is a model {run} already; give a number that is free.")
+        elif body.session_id is None and body.model_seq_id is None and body.destination_project_id is not None:
+            started = kinds.SessionStarted(session=names.new_session(), client=client)
+            run = names.model_id(started.session, 0)
+            before = (self._event(started, key and f"{key}:session"),)
+        else:
+            raise InvalidRequest("copy_weights needs destination_project_id, or session_id and model_seq_id.")
+        source = self._at_path(body.source_path)
+        self._context.store.require_blobs(source.blobs.values())
+        saved_of = self._queries.adapter(self._tenant, source.adapter)
+        assert saved_of is not None
+        copied = kinds.CheckpointCopied(
+            checkpoint=new_id("ck"),
+            source=source.id,
+            name=source.name or source.id,
+            use=source.use,
+            base_model=saved_of.base_model,
+            seed=saved_of.seed,
+            step=source.step,
+            lora=source.lora,
+            num_bytes=source.num_bytes,
+            state_digest=source.state_digest,
+            ttl_s=body.ttl_seconds,
+            user_metadata=source.user_metadata,
+        )
+        event = msgspec.structs.replace(
+            self._event(copied, key),
+            stream=f"adapter/{run}",
+            adapter=run,
+            shared=source.blobs,
+            request_hash=hashed,
+        )
+        return (*before, event)
 
     async def create_sampler(self, body: m.CreateSamplingSession) -> SamplerId:
         """Weights to sample from: the base model's, or a checkpoint's."""

@@ -28,7 +28,7 @@ HOUR_US = 3_600_000_000
 DAY_US = 24 * HOUR_US
 
 AUDITED: dict[str, tuple[str, ...]] = {
-    "checkpoints": ("save.requested", "load.requested", "checkpoint.changed"),
+    "checkpoints": ("save.requested", "load.requested", "checkpoint.changed", "checkpoint.copied"),
     "organizations": ("key.created", "key.revoked", "tenant.configured", "tenant.erased", "bulk.compacted"),
     "projects": (),
     "teams": (),
@@ -176,6 +176,8 @@ def _entry(recorded: kinds.Recorded) -> dict[str, Any]:
     path = None
     if isinstance(event, kinds.SaveRequested) and recorded.adapter is not None:
         path = str(names.Path(recorded.adapter, event.use, event.name or event.checkpoint))
+    elif isinstance(event, kinds.CheckpointCopied) and recorded.adapter is not None:
+        path = str(names.Path(recorded.adapter, event.use, event.name))
     return {
         "timestamp": rfc3339(recorded.at_us),
         "event": kinds.type_of(event).replace(".", "_"),

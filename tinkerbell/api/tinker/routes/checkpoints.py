@@ -13,6 +13,7 @@ from tinkerbell.api import archive
 from tinkerbell.api.auth import PUBLIC, Principal
 from tinkerbell.api.context import Context
 from tinkerbell.api.paging import Limit, Offset, page
+from tinkerbell.api.requests import ApiRequest
 from tinkerbell.api.tinker import downloads, names, reading
 from tinkerbell.api.tinker import messages as m
 from tinkerbell.api.tinker.base import base_model
@@ -157,6 +158,22 @@ async def weights_info(
     return await ask(context, principal, read)
 
 
+@post("/copy_weights", status_code=200)
+async def copy_weights(
+    data: JSONBody[m.CopyWeights], request: ApiRequest, submit: NamedDependency[Submit]
+) -> dict[str, str]:
+    """A checkpoint once more, in a run of its own; the bytes are shared."""
+    if data.weights_access_token is not None or "x-tinker-weights-access-token" in request.headers:
+        raise InvalidRequest(
+            "weights_access_token: there are no access tokens here, and copies are made of your own checkpoints only;"
+            " leave it out."
+        )
+    key, version = request.headers.get("x-idempotency-key"), request.headers.get("x-sdk-version")
+    client = f"tinker/{version}" if version else "tinker"
+    path = await submit(key and f"copy:{key}").copy_weights(data, client)
+    return {"tinker_path": str(path)}
+
+
 router = Router(
     path="/",
     route_handlers=[
@@ -164,6 +181,7 @@ router = Router(
         list_checkpoints,
         download,
         weights_info,
+        copy_weights,
         Router(
             path="/training_runs/{run_id:str}/checkpoints/{kind:str}/{name:str}",
             route_handlers=[
