@@ -98,6 +98,9 @@ def test_what_is_anothers_is_not_there(tinker: Tinker) -> None:
         assert session not in stranger.call("GET", route).text
         assert session in tinker.call("GET", route).text
     assert session not in stranger.call("GET", "sessions").text
+    for sent in ({}, {"session_id": session}, {"owner": {"type": "user", "owner_urns": [OWNER]}}):
+        assert session not in stranger.post("sessions/search", **sent).text
+    assert session in tinker.post("sessions/search").text
     routes = {
         (method, route.path)
         for route in tinker.api.app.routes
@@ -107,7 +110,15 @@ def test_what_is_anothers_is_not_there(tinker: Tinker) -> None:
     general = {"client/config", "client/dynamic_config", "healthz", "get_server_capabilities", "create_session"}
     # What test_tinker_accounts asks as a stranger.
     general |= {"billing/usage/events", "billing/usage/checkpoints/current", "audit", "auth/apikey/me"}
-    general |= {"telemetry", "create_custom_loss", "training_runs", "checkpoints", "sessions", "downloads"}
+    general |= {
+        "telemetry",
+        "create_custom_loss",
+        "training_runs",
+        "checkpoints",
+        "sessions",
+        "sessions/search",
+        "downloads",
+    }
     tried = {(method, template(route)) for method, route, _ in tries} | {("POST", "/api/v1/forward_backward")}
     rest = {
         (method, path)

@@ -168,6 +168,8 @@ def calls(wait: Callable[[Any], Any]) -> None:
         session = training.model_id.partition(":")[0]
         ok("list_sessions", session in wait(rest.list_sessions()).sessions)
         ok("get_session", training.model_id in wait(rest.get_session(session)).training_run_ids)
+        asked = types.SessionSearchRequest(display_name="EXAMPLE", user_metadata={"who": "example"})
+        ok("search_sessions", session in [each.session_id for each in wait(rest.search_sessions(asked)).sessions])
         wait(rest.publish_checkpoint_from_tinker_path(state.path))
         wait(rest.unpublish_checkpoint_from_tinker_path(state.path))
         wait(rest.set_checkpoint_ttl_from_tinker_path(state.path, 3600))

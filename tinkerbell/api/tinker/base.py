@@ -19,6 +19,7 @@ from tinkerbell.events.rows import CheckpointRow, FutureRow, SamplerRow, Session
 from tinkerbell.types import (
     AdapterId,
     ModelInfo,
+    SessionId,
     TenantId,
 )
 
@@ -39,6 +40,11 @@ def served_names(model: ModelInfo) -> tuple[str, ...]:
 def base_model(model: ModelInfo) -> str:
     """What clients are told: `AutoTokenizer.from_pretrained` takes it."""
     return served_names(model)[0]
+
+
+def end_key(session: SessionId) -> str:
+    """By which the end of a session is known: it has one."""
+    return f"tinker:end:{session}"
 
 
 def usable_at(queries: Queries, tenant: TenantId, path: names.Path) -> CheckpointRow:

@@ -1,6 +1,7 @@
 """JSON bodies of the tinker protocol. Unlike those of `/v1` they tolerate unknown fields: each release of the SDK has
 its own, and its constant `type` says nothing."""
 
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -50,6 +51,40 @@ class FinishSession(Message, frozen=True, kw_only=True):
 
     reason: FinishReason = FinishReason()
     detail: str | None = None
+
+
+class SearchOwner(Message, frozen=True, kw_only=True):
+    """Whose sessions."""
+
+    type: Literal["own", "accessible", "user"] = "own"
+    owner_urns: list[str] = []
+
+
+class SessionStatusQuery(Message, frozen=True, kw_only=True):
+    """A status, and of those that finished how."""
+
+    type: Literal["active", "cancelled", "failed", "client_finished"]
+    reasons: list[str] | None = None
+
+
+class SessionSearchCursor(Message, frozen=True, kw_only=True):
+    """Where the page before ended."""
+
+    last_created_at: datetime
+    last_session_id: str
+
+
+class SearchSessions(Message, frozen=True, kw_only=True):
+    """POST sessions/search"""
+
+    session_id: str | None = None
+    project_ids: list[str] | None = None
+    user_metadata: dict[str, str] = {}
+    display_name: str | None = None
+    owner: SearchOwner = SearchOwner()
+    statuses: list[SessionStatusQuery] | None = None
+    limit: Annotated[int, Meta(ge=1, le=200)] = 50
+    cursor: SessionSearchCursor | None = None
 
 
 class LoraConfigBody(Message, frozen=True, kw_only=True):

@@ -21,6 +21,7 @@ from tinkerbell.api.tinker.base import (
     check_loadable,
     check_optimizer,
     check_project,
+    end_key,
     seed_of,
 )
 from tinkerbell.errors import InvalidRequest, UserError
@@ -348,7 +349,7 @@ class TinkerSubmitter(TinkerSubmitting):
             if names.session_of(adapter.id) == session and adapter.state in ("pending", "ready"):
                 await self._remove(adapter.id)
         # Last: who was interrupted before asks again.
-        ended = self._event(kinds.SessionEnded(session=session, reason=reason, detail=detail), f"tinker:end:{session}")
+        ended = self._event(kinds.SessionEnded(session=session, reason=reason, detail=detail), end_key(session))
         await self._write(ended)
 
     async def revoke_key(self, key_id: str) -> None:

@@ -3,14 +3,15 @@
 import asyncio
 from typing import Any
 
-from litestar import Router, get
+from litestar import Router, get, post
 from litestar.di import NamedDependency
-from litestar.params import FromPath
+from litestar.params import FromPath, JSONBody
 
 from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context
 from tinkerbell.api.paging import Limit, Offset, page
-from tinkerbell.api.tinker import names
+from tinkerbell.api.tinker import messages as m
+from tinkerbell.api.tinker import names, session_search
 from tinkerbell.api.tinker.catalog import Catalog, ask
 from tinkerbell.api.tinker.dependencies import Submit
 
@@ -48,6 +49,14 @@ async def list_sessions(
     return {"sessions": [row.id for row in page(rows, limit, offset)]}
 
 
+@post("/sessions/search", status_code=200)
+async def search_sessions(
+    data: JSONBody[m.SearchSessions], context: NamedDependency[Context], principal: NamedDependency[Principal]
+) -> dict[str, Any]:
+    """Newest first."""
+    return await asyncio.to_thread(session_search.search, context.store, principal.tenant, data)
+
+
 @get("/sessions/{session_id:str}")
 async def show_session(
     session_id: FromPath[str],
@@ -70,4 +79,4 @@ async def show_session(
     return await ask(context, principal, read)
 
 
-router = Router(path="/", route_handlers=[list_runs, show_run, list_sessions, show_session])
+router = Router(path="/", route_handlers=[list_runs, show_run, list_sessions, search_sessions, show_session])
