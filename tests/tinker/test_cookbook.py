@@ -76,6 +76,39 @@ def test_preferences(sdk: Sdk, server: ServerProcess, tmp_path: Path) -> None:
     assert margins[0] == pytest.approx(0.0, abs=1e-3) and margins[-1] > 0.3, margins
 
 
+def test_self_distillation(sdk: Sdk, server: ServerProcess, tmp_path: Path) -> None:
+    """The teacher's likeliest tokens are several weighted targets at each position."""
+    data = tmp_path / "tools"
+    made = [
+        {"prompt": f"Which tool adds {n} and {n + 1}?", "golden_response": ["Use add.", f"add({n})"]} for n in range(12)
+    ]
+    sdk.run(["-c", f"import datasets; datasets.Dataset.from_list({made!r}).save_to_disk({str(data)!r})"], server.url)
+    log = tmp_path / "sdft"
+    sdk.run(
+        recipe(
+            "sdft.train", log, dataset="toolalpaca", toolalpaca_data_path=data, groups_per_batch=4, max_tokens=24,
+            topk=8, max_steps=2, eval_every=0, save_every=0, learning_rate=3e-4, behavior_if_log_dir_exists="delete",
+        ),
+        server.url,
+    )  # fmt: skip
+    assert metric(log, "sdft/topk") == [8.0, 8.0] and min(metric(log, "grad_norm")) > 0
+    assert min(metric(log, "sdft/mean_teacher_entropy")) > 0
+
+
+def test_the_shorter_is_the_better(sdk: Sdk, server: ServerProcess, tmp_path: Path) -> None:
+    """Samples are compared in pairs; each turn of a trajectory is sampled for itself."""
+    log = tmp_path / "shorter"
+    sdk.run(
+        recipe(
+            "preference.shorter.train", log, batch_size=2, group_size=4, max_tokens=16, max_steps=2, eval_every=0,
+            behavior_if_log_dir_exists="delete",
+        ),
+        server.url,
+    )  # fmt: skip
+    rewards = metric(log, "env/all/reward/total")
+    assert len(rewards) == 2 and all(-1 <= reward <= 1 for reward in rewards), rewards
+
+
 def test_the_command_line(sdk: Sdk, server: ServerProcess) -> None:
     """`tinker` itself: what there is, as JSON."""
     command = sdk.python.parent / "tinker"

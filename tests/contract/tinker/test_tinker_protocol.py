@@ -86,6 +86,8 @@ def test_what_is_anothers_is_not_there(tinker: Tinker) -> None:
         ("PUT", f"{run}/checkpoints/weights/step-1/ttl", {"ttl_seconds": 5}),
         ("GET", f"{run}/checkpoints/external_weights/ext/external_weights_urls", {}),
         ("GET", f"sessions/{session}", {}),
+        ("PUT", f"sessions/{session}/project", {"project_id": "default"}),
+        ("GET", f"sessions/{session}/trace_export", {}),
         ("GET", f"samplers/{sampler}", {}),
     ]
     head = tinker.api.store.head()

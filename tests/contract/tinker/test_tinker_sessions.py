@@ -101,3 +101,17 @@ def test_the_ends_of_time(tinker: Tinker, at: str) -> None:
     session = made(tinker)
     page = tinker.ok("sessions/search", cursor={"last_created_at": at, "last_session_id": ""})
     assert [each["session_id"] for each in page["sessions"]] == ([session] if at > "2026" else [])
+
+
+def test_every_session_lies_in_the_one_project(tinker: Tinker) -> None:
+    session = made(tinker)
+    for project in ("default", OWNER):
+        moved = tinker.call("PUT", f"sessions/{session}/project", json={"project_id": project})
+        assert moved.status_code == 204 and not moved.content
+    refused = tinker.call("PUT", f"sessions/{session}/project", json={"project_id": "archive"})
+    assert refused.status_code == 400 and "There is no project 'archive'" in refused.json()["detail"]
+
+
+def test_a_trace_is_not_made_and_the_answer_says_what_to_do(tinker: Tinker) -> None:
+    answer = tinker.call("GET", f"sessions/{made(tinker)}/trace_export").json()
+    assert answer["status"] == "failed" and "/v1/events" in answer["error"]

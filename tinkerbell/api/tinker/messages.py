@@ -190,6 +190,12 @@ class CopyWeights(Message, frozen=True, kw_only=True):
     weights_access_token: str | None = None
 
 
+class AssignProject(Message, frozen=True, kw_only=True):
+    """PUT sessions/{id}/project"""
+
+    project_id: str
+
+
 class CreateSamplingSession(Message, frozen=True, kw_only=True):
     """POST create_sampling_session"""
 

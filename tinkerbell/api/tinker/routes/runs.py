@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from litestar import Router, get, post
+from litestar import Router, get, post, put
 from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
 
@@ -12,6 +12,7 @@ from tinkerbell.api.context import Context
 from tinkerbell.api.paging import Limit, Offset, page
 from tinkerbell.api.tinker import messages as m
 from tinkerbell.api.tinker import names, session_search
+from tinkerbell.api.tinker.base import check_project
 from tinkerbell.api.tinker.catalog import Catalog, ask
 from tinkerbell.api.tinker.dependencies import Submit
 
@@ -79,4 +80,38 @@ async def show_session(
     return await ask(context, principal, read)
 
 
-router = Router(path="/", route_handlers=[list_runs, show_run, list_sessions, search_sessions, show_session])
+@put("/sessions/{session_id:str}/project", status_code=204)
+async def assign_project(
+    session_id: FromPath[str],
+    data: JSONBody[m.AssignProject],
+    principal: NamedDependency[Principal],
+    submit: NamedDependency[Submit],
+) -> None:
+    """A tenant is one project, and every session of it lies there."""
+    await asyncio.to_thread(submit(None).session, session_id)
+    check_project(data.project_id, principal.tenant)
+
+
+@get("/sessions/{session_id:str}/trace_export")
+async def export_trace(session_id: FromPath[str], submit: NamedDependency[Submit]) -> dict[str, str]:
+    """No trace is made: says where the same is found."""
+    await asyncio.to_thread(submit(None).session, session_id)
+    return {
+        "status": "failed",
+        "error": "This server makes no Perfetto traces. When each request came, ran and was answered is in its log:"
+        " GET /v1/events, or SQL (docs/how-to/inspect-with-sql.md).",
+    }
+
+
+router = Router(
+    path="/",
+    route_handlers=[
+        list_runs,
+        show_run,
+        list_sessions,
+        search_sessions,
+        show_session,
+        assign_project,
+        export_trace,
+    ],
+)
