@@ -18,7 +18,7 @@ RENDERER = "qwen3_instruct"
 
 def recipe(name: str, log: Path, **settings: object) -> list[str]:
     """Arguments of a recipe."""
-    common = {"model_name": real_model_directory(), "renderer_name": RENDERER, "lora_rank": 16, "log_path": log}
+    common = {"model_name": real_model_directory(), "renderer_name": RENDERER, "log_path": log}
     return ["-m", f"tinker_cookbook.recipes.{name}", *(f"{key}={value}" for key, value in (common | settings).items())]
 
 
@@ -35,7 +35,8 @@ def test_supervised_chat_and_its_resume(sdk: Sdk, server: ServerProcess, tmp_pat
     )
     log = tmp_path / "chat_sl"
     arguments = recipe(
-        "chat_sl.train", log, dataset=f"{where.strip()}/example_data/conversations.jsonl", batch_size=8, max_length=512,
+        "chat_sl.train", log,
+        lora_rank=16, dataset=f"{where.strip()}/example_data/conversations.jsonl", batch_size=8, max_length=512,
         max_steps=10, save_every=3, eval_every=0, infrequent_eval_every=0, learning_rate=5e-4,
     )  # fmt: skip
     process = sdk.spawn([*arguments, "behavior_if_log_dir_exists=delete"], server.url)
@@ -57,7 +58,8 @@ def test_reinforcement_on_arithmetic(sdk: Sdk, server: ServerProcess, tmp_path: 
     log = tmp_path / "math_rl"
     sdk.run(
         recipe(
-            "math_rl.train", log, env="arithmetic", group_size=8, groups_per_batch=8, max_tokens=8, max_steps=8,
+            "math_rl.train", log,
+            lora_rank=16, env="arithmetic", group_size=8, groups_per_batch=8, max_tokens=8, max_steps=8,
             save_every=0, eval_every=0, loss_fn="importance_sampling", learning_rate=3e-4,
             behavior_if_log_dir_exists="delete",
         ),
@@ -86,7 +88,8 @@ def test_self_distillation(sdk: Sdk, server: ServerProcess, tmp_path: Path) -> N
     log = tmp_path / "sdft"
     sdk.run(
         recipe(
-            "sdft.train", log, dataset="toolalpaca", toolalpaca_data_path=data, groups_per_batch=4, max_tokens=24,
+            "sdft.train", log,
+            lora_rank=16, dataset="toolalpaca", toolalpaca_data_path=data, groups_per_batch=4, max_tokens=24,
             topk=8, max_steps=2, eval_every=0, save_every=0, learning_rate=3e-4, behavior_if_log_dir_exists="delete",
         ),
         server.url,
