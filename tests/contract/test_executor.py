@@ -767,11 +767,12 @@ def test_draws_depend_on_the_seed_alone(driver: Driver) -> None:
     again = driver.done(*others, driver.sample(name, prompt, 7, **asked))[-1]
     other = sampled(driver, name, prompt, seed=8, **asked)
     assert isinstance(again, SampleDone) and alone.prompt_scores == again.prompt_scores != other.prompt_scores
-    (greedy,) = driver.done(driver.sample(name, prompt, temperature=0.0, prompt_top_logprobs=2, **asked))
-    assert isinstance(greedy, SampleDone) and greedy.prompt_scores is not None
-    tops, drawn = greedy.prompt_scores.top_tokens, greedy.prompt_scores.drawn_tokens
-    assert tops is not None and drawn is not None and len(tops) == 8 * (len(prompt) - 1)
-    assert read_ints(drawn) == [token for token in read_ints(tops)[::2] for _ in range(5)]
+    for temperature in (0.0, 1e-300, 1e-9):
+        greedy = sampled(driver, name, prompt, temperature=temperature, prompt_top_logprobs=2, **asked)
+        assert greedy.prompt_scores is not None
+        tops, drawn = greedy.prompt_scores.top_tokens, greedy.prompt_scores.drawn_tokens
+        assert tops is not None and drawn is not None and len(tops) == 8 * (len(prompt) - 1)
+        assert read_ints(drawn) == [token for token in read_ints(tops)[::2] for _ in range(5)]
 
 
 def test_targets_may_be_missing(driver: Driver) -> None:
