@@ -65,6 +65,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     where they come back when they are wanted."""
     idle_adapter_s: Annotated[float, Meta(gt=0)] | None = 1800.0
     """So does one that nobody used for so many seconds, such as that of a client that has vanished; None: it stays."""
+    session_expiry_s: Annotated[float, Meta(gt=0)] | None = 259_200.0
+    """A session of the tinker protocol whose program was silent for so many seconds ends: its adapters are removed, its
+    checkpoints stay. The SDK gives a sign of life every 10 s. None: silence ends none."""
     checkpoint_every_steps: Count = 200
     """Recovery points: at most this many optimizer steps are executed again after a crash,"""
     checkpoint_every_s: Annotated[float, Meta(gt=0)] | None = 300.0

@@ -42,6 +42,7 @@ def live(store: EventStore) -> list[Recorded]:
                 ),
                 kinds.SamplerCreated(sampler="se_one:sample:0", session="se_one", checkpoint="ck_one"),
                 kinds.SamplerJoined(sampler="se_one:sample:0"),
+                kinds.SessionHeard(session="se_one"),
                 kinds.SessionEnded(session="se_one", reason="success"),
             )
         )

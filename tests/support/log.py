@@ -361,6 +361,7 @@ def examples() -> dict[str, tuple[AnyEvent, Body | None]]:
             ),
             None,
         ),
+        (kinds.SessionHeard(session="se_one"), None),
         (kinds.SessionEnded(session="se_one", reason="errored", detail="no memory"), None),
         (kinds.SamplerCreated(sampler="se_one:sample:0", session="se_one", checkpoint="ck_one"), None),
         (kinds.SamplerJoined(sampler="se_one:sample:0"), None),

@@ -349,11 +349,18 @@ class SessionStarted(Event, frozen=True, kw_only=True, tag="session.started"):
     user_metadata: dict[str, Any] = {}
 
 
+class SessionHeard(Event, frozen=True, kw_only=True, tag="session.heard"):
+    """Its program still runs. Written now and then, however often the program says so."""
+
+    session: SessionId
+
+
 class SessionEnded(Event, frozen=True, kw_only=True, tag="session.ended"):
     """It said so, or was not heard of for too long. What it saved stays."""
 
     session: SessionId
     reason: str
+    """As the program said it; `expired`: it fell silent."""
     detail: str | None = None
 
 
@@ -510,6 +517,7 @@ AnyEvent = (
     | EnvironmentRecorded
     | LeaseGranted
     | SessionStarted
+    | SessionHeard
     | SessionEnded
     | SamplerCreated
     | SamplerJoined

@@ -125,9 +125,12 @@ def fold(recorded: Recorded, cause: Cause | None) -> list[Change]:
                 "tags": _json_or_none(event.tags),
                 "user_metadata": _json_or_none(event.user_metadata),
                 "created_us": recorded.at_us,
+                "heard_us": recorded.at_us,
                 "ended_us": None,
             }
             return [Put("sessions", (event.session,), values)]
+        case kinds.SessionHeard():
+            return [Set("sessions", (event.session,), {"heard_us": recorded.at_us})]
         case kinds.SessionEnded():
             return [Set("sessions", (event.session,), {"ended_us": recorded.at_us})]
         case kinds.SamplerCreated():

@@ -204,6 +204,28 @@ class Queries:
         rows = self._all(query.order_by(c.created_us.desc(), c.id))
         return [msgspec.convert(_with_json(row), SessionRow) for row in rows]
 
+    def silent_sessions(self, before_us: int) -> list[SessionRow]:
+        """Of all tenants, those that have not ended and did not say since then that they run, oldest first."""
+        c = t.sessions.c
+        query = sa.select(*_columns(t.sessions, SessionRow)).where(c.ended_us.is_(None), c.heard_us < before_us)
+        rows = self._all(query.order_by(c.created_us, c.id))
+        return [msgspec.convert(_with_json(row), SessionRow) for row in rows]
+
+    def living_adapters(self, tenant: str, session: str) -> list[AdapterRow]:
+        """Adapters that a session of the tenant made and nobody removed, oldest first."""
+        c = t.adapters.c
+        query = sa.select(*_columns(t.adapters, AdapterRow)).where(
+            c.tenant == tenant, c.id.startswith(f"{session}:", autoescape=True), c.state.in_(("pending", "ready"))
+        )
+        rows = self._all(query.order_by(c.created_us, c.id))
+        return [msgspec.convert(_with_json(row), AdapterRow) for row in rows]
+
+    def is_used(self, adapter: str, since_us: int) -> bool:
+        """Whether a request of the adapter was made since then, or still waits."""
+        c = t.futures.c
+        query = sa.select(c.id).where(c.adapter == adapter, sa.or_(c.created_us >= since_us, sa.text(t.PENDING)))
+        return self._first(query.limit(1)) is not None
+
     def sampler(self, tenant: str, id: str) -> SamplerRow | None:
         """A sampler of the tenant."""
         c = t.samplers.c

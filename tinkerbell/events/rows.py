@@ -107,6 +107,8 @@ class SessionRow(Row, frozen=True, kw_only=True):
     tags: list[str]
     user_metadata: dict[str, Any]
     created_us: int
+    heard_us: int
+    """When the program last said that it runs, to a fraction of `session_expiry_s`."""
     ended_us: int | None
 
 

@@ -240,6 +240,7 @@ sessions = sa.Table(
     C("tags", Json),
     C("user_metadata", Json),
     C("created_us", Big, nullable=False),
+    C("heard_us", Big, nullable=False, server_default="0", comment="when its program last said that it runs"),
     C("ended_us", Big),
     comment="Programs of tenants; ids of what they made begin with the session's.",
 )

@@ -32,6 +32,7 @@ from tinkerbell.scheduler.recovery import Recovery
 from tinkerbell.scheduler.residency import Residency
 from tinkerbell.scheduler.restorer import Restorer
 from tinkerbell.scheduler.sealing import Sealer
+from tinkerbell.scheduler.session_expiry import SessionExpiry
 from tinkerbell.scheduler.settlement import Answer, Settlement
 from tinkerbell.scheduler.startup import Backlog, read_backlog
 from tinkerbell.scheduler.units import planned, units_of
@@ -81,7 +82,10 @@ class Leader:
         )
         self._settlement = Settlement(cost, self._shares, self._residency)
         every_h = settings.seal_every_hours
-        self._sealer = Sealer(store, lease, None if every_h is None else every_h * 3600)
+        self._chores = [
+            Sealer(store, lease, None if every_h is None else every_h * 3600),
+            SessionExpiry(store, lease, settings.session_expiry_s),
+        ]
         self._num_batches = 0
 
     async def run(self) -> None:
@@ -94,7 +98,7 @@ class Leader:
         backlog = await asyncio.to_thread(read_backlog, self._store)
         self._take_over(backlog)
         unsubscribe = self._store.subscribe(hand_over, after=backlog.head)
-        sealing = asyncio.create_task(self._sealer.run())
+        chores = [asyncio.create_task(chore.run()) for chore in self._chores]
         try:
             self._record_environment()
             while not self._stopping.is_set():
@@ -105,7 +109,8 @@ class Leader:
                     await wait_for(self._wake, LOOK_S)
             await self._commits.settle()
         finally:
-            sealing.cancel()
+            for chore in chores:
+                chore.cancel()
             unsubscribe()
 
     def stop(self) -> None:

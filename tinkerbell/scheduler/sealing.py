@@ -1,40 +1,28 @@
 """Seals the log from time to time while this process leads."""
 
-import asyncio
 import logging
 import time
 
-from tinkerbell.errors import TinkerbellError
 from tinkerbell.events.leases import Lease
 from tinkerbell.events.store import EventStore
+from tinkerbell.scheduler.chore import Chore
 
 log = logging.getLogger("tinkerbell.scheduler")
 
-LONGEST_PAUSE_S = 600.0
-SHORTEST_PAUSE_S = 0.05
 
-
-class Sealer:
+class Sealer(Chore):
     """One leadership's."""
+
+    put_off = "log not sealed"
 
     def __init__(self, store: EventStore, lease: Lease, every_s: float | None) -> None:
         """`every_s` None: never."""
+        super().__init__(every_s)
         self._store = store
         self._lease = lease
-        self._every_s = every_s
 
-    async def run(self) -> None:
-        """Until it is cancelled. A seal that cannot be written is written later: nothing waits for it."""
-        if self._every_s is None:
-            return
-        while True:
-            try:
-                await asyncio.to_thread(self._seal_if_due, self._every_s)
-            except TinkerbellError as exc:
-                log.warning("log not sealed detail=%s", exc)
-            await asyncio.sleep(min(max(self._every_s / 10, SHORTEST_PAUSE_S), LONGEST_PAUSE_S))
-
-    def _seal_if_due(self, every_s: float) -> None:
+    def do(self, every_s: float) -> None:
+        """Seal it unless it was sealed less than `every_s` ago."""
         last_us = self._store.last_sealed_us()
         if last_us is None or time.time() - last_us / 1e6 < every_s:
             return

@@ -12,14 +12,13 @@ from tinkerbell.api.context import Context
 from tinkerbell.api.submitting import Caller, Draft, Submitting
 from tinkerbell.api.tinker import messages as m
 from tinkerbell.api.tinker import names
-from tinkerbell.errors import InvalidRequest, TooLarge
+from tinkerbell.errors import InvalidRequest, NotFound, TooLarge
 from tinkerbell.events import kinds
 from tinkerbell.events.queries import Queries
 from tinkerbell.events.rows import CheckpointRow, FutureRow, SamplerRow, SessionRow
 from tinkerbell.types import (
     AdapterId,
     ModelInfo,
-    SessionId,
     TenantId,
 )
 
@@ -40,11 +39,6 @@ def served_names(model: ModelInfo) -> tuple[str, ...]:
 def base_model(model: ModelInfo) -> str:
     """What clients are told: `AutoTokenizer.from_pretrained` takes it."""
     return served_names(model)[0]
-
-
-def end_key(session: SessionId) -> str:
-    """By which the end of a session is known: it has one."""
-    return f"tinker:end:{session}"
 
 
 def usable_at(queries: Queries, tenant: TenantId, path: names.Path) -> CheckpointRow:
@@ -104,8 +98,20 @@ class TinkerSubmitting(Submitting):
     # ---- the common path -------------------------------------------------------------------------------------------
 
     async def _for_model(self, kind: str, model_id: AdapterId, draft: Callable[[ModelInfo], Draft]) -> m.Submitted:
-        recorded, _ = await self.submit(kind, validation.adapter_id(model_id), draft, path_id=model_id)
+        try:
+            recorded, _ = await self.submit(kind, validation.adapter_id(model_id), draft, path_id=model_id)
+        except NotFound as exc:
+            raise await asyncio.to_thread(self._explained, exc, model_id) from exc
         return m.Submitted(request_id=str(recorded.position), model_id=model_id)
+
+    def _explained(self, exc: NotFound, model_id: AdapterId) -> NotFound:
+        """Why a model is not there (any more)."""
+        session = self._queries.session(self._tenant, names.session_of(model_id))
+        if session is None or session.ended_us is None:
+            return exc
+        return NotFound(
+            f"The session of {model_id} has ended, and its models with it; go on from a checkpoint in another session."
+        )
 
     def _require_small(self) -> None:
         """Of what goes into the log as it is: names and metadata."""
@@ -114,14 +120,6 @@ class TinkerSubmitting(Submitting):
                 f"This request has {len(self._caller.raw)} bytes; with its metadata it may have {MAX_SMALL_BYTES}.",
                 limit=MAX_SMALL_BYTES,
             )
-
-    async def _remove(self, adapter: AdapterId) -> None:
-        event = kinds.RemoveLoraRequested()
-        await self._write(
-            msgspec.structs.replace(
-                self._event(event, f"tinker:remove:{adapter}"), stream=f"adapter/{adapter}", adapter=adapter
-            )
-        )
 
     async def _write(self, *events: kinds.NewEvent) -> kinds.Recorded:
         """The last of them, which enter together."""

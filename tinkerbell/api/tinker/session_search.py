@@ -7,12 +7,13 @@ from typing import Any
 
 from tinkerbell.api.tinker import messages as m
 from tinkerbell.api.tinker import names
-from tinkerbell.api.tinker.base import PROJECT, check_project, end_key
+from tinkerbell.api.tinker.base import PROJECT, check_project
 from tinkerbell.api.tinker.catalog import now_us
 from tinkerbell.api.views import rfc3339
 from tinkerbell.errors import Corrupt, InvalidRequest
 from tinkerbell.events import kinds
 from tinkerbell.events.rows import CheckpointRow, SessionRow
+from tinkerbell.events.sessions import EXPIRED, end_key
 from tinkerbell.events.store import EventStore
 from tinkerbell.types import TenantId
 
@@ -70,7 +71,7 @@ def _is_in(status: dict[str, Any], wanted: m.SessionStatusQuery) -> bool:
 
 
 def _status(store: EventStore, row: SessionRow) -> dict[str, Any]:
-    """Active until it said that it ended. Raises Corrupt."""
+    """Active until it said that it ended, or fell silent. Raises Corrupt."""
     if row.ended_us is None:
         return {"type": "active"}
     ended = store.original(row.tenant, end_key(row.id))
@@ -78,6 +79,8 @@ def _status(store: EventStore, row: SessionRow) -> dict[str, Any]:
         raise Corrupt(f"the session {row.id} has ended, and no event says how")
     event = ended.recorded.event
     assert isinstance(event, kinds.SessionEnded)
+    if event.reason == EXPIRED:
+        return {"type": "cancelled", "detail": event.detail}
     return {"type": "client_finished", "reason": {"type": event.reason}, "detail": event.detail}
 
 

@@ -6,8 +6,10 @@ another, but for the chunks of one forward_backward, whose gradients add in any 
 """
 
 import asyncio
+import time
 
 import msgspec
+from litestar.exceptions import HTTPException
 
 from tinkerbell.api import idempotency, validation
 from tinkerbell.api.submitting import Draft, new_id
@@ -21,12 +23,12 @@ from tinkerbell.api.tinker.base import (
     check_loadable,
     check_optimizer,
     check_project,
-    end_key,
     seed_of,
 )
 from tinkerbell.errors import InvalidRequest, UserError
 from tinkerbell.events import kinds
 from tinkerbell.events.rows import CheckpointRow
+from tinkerbell.events.sessions import ending
 from tinkerbell.types import (
     AdamParams,
     AdapterId,
@@ -35,6 +37,9 @@ from tinkerbell.types import (
     SamplerId,
     SessionId,
 )
+
+SIGNS_OF_LIFE = 8
+"""How many of a session are written down, at most, in the time after which its silence would end it."""
 
 ALPHA = 32.0
 """Of every adapter made here: the protocol has no word for it."""
@@ -339,18 +344,27 @@ class TinkerSubmitter(TinkerSubmitting):
         assert isinstance(recorded.event, kinds.SessionStarted)
         return recorded.event.session
 
+    async def hear_of_session(self, id: str) -> None:
+        """Its program runs. Raises HTTPException 410 where it has ended.
+
+        Written down only as often as it takes to know that it did not fall silent for `session_expiry_s`.
+        """
+        expiry_s = self._context.settings.session_expiry_s
+        row = await asyncio.to_thread(self.session, id)
+        if row.ended_us is not None:
+            raise HTTPException(status_code=410, detail=f"The session {row.id} has ended.")
+        if expiry_s is not None and time.time_ns() // 1000 - row.heard_us > expiry_s * 1e6 / SIGNS_OF_LIFE:
+            await self._write(self._event(kinds.SessionHeard(session=row.id), None))
+
     async def finish_session(self, session: SessionId, reason: str, detail: str | None) -> None:
         """What it made leaves the executor; what it saved stays. Once is enough: again is fine."""
         self._require_small()
         row = await asyncio.to_thread(self.session, session)
         if row.ended_us is not None:
             return
-        for adapter in await asyncio.to_thread(self._queries.adapters, self._tenant):
-            if names.session_of(adapter.id) == session and adapter.state in ("pending", "ready"):
-                await self._remove(adapter.id)
-        # Last: who was interrupted before asks again.
-        ended = self._event(kinds.SessionEnded(session=session, reason=reason, detail=detail), end_key(session))
-        await self._write(ended)
+        events = await asyncio.to_thread(ending, self._queries, self._tenant, row.id, reason, detail)
+        key, trace = self._caller.principal.key_id, self._caller.correlation
+        await self._write(*(msgspec.structs.replace(each, actor=key, correlation=trace) for each in events))
 
     async def revoke_key(self, key_id: str) -> None:
         """A key of the caller's."""

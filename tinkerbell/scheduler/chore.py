@@ -1,0 +1,41 @@
+"""What a leader does from time to time beside its work."""
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+
+from tinkerbell.errors import TinkerbellError
+
+log = logging.getLogger("tinkerbell.scheduler")
+
+PARTS = 10
+"""How often it looks whether something is due, in the time after which something is."""
+
+LONGEST_PAUSE_S = 600.0
+SHORTEST_PAUSE_S = 0.05
+
+
+class Chore(ABC):
+    """One leadership's. What does not work out is tried again later: nothing waits for it."""
+
+    put_off: str
+    """What is said when it does not work out."""
+
+    def __init__(self, every_s: float | None) -> None:
+        """`every_s`: after how many seconds something is due; None: never."""
+        self._every_s = every_s
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        if self._every_s is None:
+            return
+        while True:
+            try:
+                await asyncio.to_thread(self.do, self._every_s)
+            except TinkerbellError as exc:
+                log.warning("%s detail=%s", self.put_off, exc)
+            await asyncio.sleep(min(max(self._every_s / PARTS, SHORTEST_PAUSE_S), LONGEST_PAUSE_S))
+
+    @abstractmethod
+    def do(self, every_s: float) -> None:
+        """What is due. Blocking."""
