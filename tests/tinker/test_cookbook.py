@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.real_model import real_model_directory
 from tests.tinker.conftest import CLIENTS, TIMEOUT_S, Sdk
+from tests.tinker.recipes import arguments, metric
 from tinkerbell.cli.process import ServerProcess
 
 pytestmark = [pytest.mark.tinker, pytest.mark.timeout(900)]
@@ -19,13 +20,7 @@ RENDERER = "qwen3_instruct"
 def recipe(name: str, log: Path, **settings: object) -> list[str]:
     """Arguments of a recipe."""
     common = {"model_name": real_model_directory(), "renderer_name": RENDERER, "log_path": log}
-    return ["-m", f"tinker_cookbook.recipes.{name}", *(f"{key}={value}" for key, value in (common | settings).items())]
-
-
-def metric(log: Path, name: str) -> list[float]:
-    """What the recipe wrote of it, step by step."""
-    rows = [json.loads(line) for line in (log / "metrics.jsonl").read_text().splitlines()]
-    return [row[name] for row in rows if name in row]
+    return arguments(name, **(common | settings))
 
 
 def test_supervised_chat_and_its_resume(sdk: Sdk, server: ServerProcess, tmp_path: Path) -> None:
@@ -34,12 +29,12 @@ def test_supervised_chat_and_its_resume(sdk: Sdk, server: ServerProcess, tmp_pat
         ["-c", "import tinker_cookbook, pathlib; print(pathlib.Path(tinker_cookbook.__file__).parent)"], server.url
     )
     log = tmp_path / "chat_sl"
-    arguments = recipe(
+    chat = recipe(
         "chat_sl.train", log,
         lora_rank=16, dataset=f"{where.strip()}/example_data/conversations.jsonl", batch_size=8, max_length=512,
         max_steps=10, save_every=3, eval_every=0, infrequent_eval_every=0, learning_rate=5e-4,
     )  # fmt: skip
-    process = sdk.spawn([*arguments, "behavior_if_log_dir_exists=delete"], server.url)
+    process = sdk.spawn([*chat, "behavior_if_log_dir_exists=delete"], server.url)
     deadline = time.monotonic() + TIMEOUT_S
     while not ((log / "metrics.jsonl").exists() and len(metric(log, "train_mean_nll")) >= 5):
         assert process.poll() is None and time.monotonic() < deadline
@@ -47,7 +42,7 @@ def test_supervised_chat_and_its_resume(sdk: Sdk, server: ServerProcess, tmp_pat
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    output = sdk.run([*arguments, "behavior_if_log_dir_exists=resume"], server.url)
+    output = sdk.run([*chat, "behavior_if_log_dir_exists=resume"], server.url)
     losses = metric(log, "train_mean_nll")
     assert len(losses) >= 10, output[-3000:]
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3]), losses
