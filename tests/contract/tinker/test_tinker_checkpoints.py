@@ -116,6 +116,7 @@ def test_a_sampler_keeps_the_weights_it_was_made_with(tinker: Tinker) -> None:
             },
             "no CSR",
         ),
+        ({"record_stability_info": True}, "Train with importance_sampling"),
         ({"prompt": {"chunks": [{"type": "image", "data": "", "format": "png"}]}}, "image is not served"),
         ({"prompt": {"chunks": []}}, "no tokens"),
         ({"sampling_params": {"max_tokens": 30}}, "takes at most 32"),

@@ -89,6 +89,7 @@ def test_bad_targets_are_named(tinker: Tinker, inputs: dict[str, Any], detail: s
     ("change", "detail"),
     [
         ({"loss": "focal"}, "focal"),
+        ({"loss": "stable_reinforce"}, "Train with importance_sampling"),
         ({"loss": "ppo"}, "needs 'logprobs'"),
         ({"nothing": dense([1.0] * 3, [3])}, "reads no 'nothing'"),
         ({"tokens": 33}, "takes at most 32"),

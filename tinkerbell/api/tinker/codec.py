@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 
 from tinkerbell.api import validation
 from tinkerbell.api.tinker import wire_pb2 as pb
+from tinkerbell.api.tinker.sampling import NO_STABLE_REINFORCE
 from tinkerbell.config import Limits
 from tinkerbell.errors import Corrupt, InvalidRequest, TooLarge
 from tinkerbell.events import kinds
@@ -49,7 +50,9 @@ def forward_backward(raw: bytes) -> pb.ForwardBackwardRequest:
 
 
 def loss_spec(request: pb.ForwardBackwardRequest) -> LossSpec:
-    """Name and settings. Raises InvalidRequest for a setting that is no number."""
+    """Name and settings. Raises InvalidRequest for a setting that is no number, and for what is not served."""
+    if request.loss_fn == "stable_reinforce":
+        raise InvalidRequest(f"loss_fn: {NO_STABLE_REINFORCE}")
     config = dict(request.loss_fn_config)
     for name, value in request.loss_fn_config_v2.items():
         if value.WhichOneof("value") != "number":

@@ -253,6 +253,7 @@ class Asample(Message, frozen=True, kw_only=True):
     target_prompt_logprobs: TensorBody | None = None
     prompt_alt_tokens_k: int = 0
     prompt_logprobs_last_n: int | None = None
+    record_stability_info: bool | None = False
 
 
 class RetrieveFuture(Message, frozen=True, kw_only=True):

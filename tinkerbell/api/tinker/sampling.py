@@ -11,11 +11,19 @@ from tinkerbell.types import MAX_TARGETS, ModelInfo, SamplingParams
 
 MAX_TOP = 64
 
+NO_STABLE_REINFORCE = (
+    "stable_reinforce is not served, because nobody published what it computes. Train with importance_sampling, ppo,"
+    " cispo or gspo; recipes of the cookbook take loss_fn=importance_sampling."
+)
+
 _SEED_BITS = (1 << 63) - 1
 
 
 def request(body: m.Asample, model: ModelInfo) -> wire.Sample:
     """Raises InvalidRequest for what is not served."""
+    if body.record_stability_info:
+        # Here, not only when somebody comes to train on what was sampled.
+        raise InvalidRequest(f"record_stability_info: {NO_STABLE_REINFORCE}")
     prompt = _tokens(body.prompt)
     asked = body.sampling_params
     room = model.max_length - len(prompt)
