@@ -1,5 +1,6 @@
 """What a model hub would give the cookbook's recipes: a model in the cache, data sets in the working directory."""
 
+import csv
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,13 +14,28 @@ BASKETS = [
 ]
 BOXED = " Provide a numerical answer without units, written inside \\boxed{}."
 """With which the recipes end a problem of gsm8k."""
+MARKET_COLUMNS = (
+    "submission_id",
+    "event_ticker",
+    "title",
+    "snapshot_time",
+    "close_time",
+    "market_outcome",
+    "category",
+    "markets",
+    "sources",
+)
 
 Rows = Iterable[Mapping[str, Any]]
 
 
 def hub_environment(root: Path) -> dict[str, str]:
-    """Of programs that ask the hub at `root`."""
-    return {"HF_HOME": str(root / "home"), "HF_HUB_OFFLINE": "1"}
+    """Of programs that ask the hub at `root`, and write there what they have no path for."""
+    return {
+        "HF_HOME": str(root / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "TINKER_COOKBOOK_RUNS_DIR": str(root / "runs"),
+    }
 
 
 def cache_model(root: Path, name: str, directory: Path) -> None:
@@ -57,7 +73,38 @@ def write_data_sets(root: Path) -> None:
     write_data_set(root, "openai/gsm8k", {"train": right, "test": right[:8]}, config="main")
     prompts = [{"question": problem + BOXED, "final_answer": "3"} for problem in problems]
     write_data_set(root, "zwhe99/DeepMath-103K", {"train": prompts})
+    compared = [
+        {
+            "chosen": f"\n\nHuman: {problem}\n\nAssistant: There are two.",
+            "rejected": f"\n\nHuman: {problem}\n\nAssistant: Go away!",
+        }
+        for problem in problems
+    ]
+    write_data_set(root, "Anthropic/hh-rlhf", {"train": compared, "test": compared[:8]})
 
 
 def _chat(user: str, assistant: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]}
+
+
+def write_forecasts(path: Path) -> None:
+    """Markets of Prophet Arena, which all resolve NO; every third one comes after the others."""
+    with path.open("w", newline="") as target:
+        rows = csv.DictWriter(target, MARKET_COLUMNS)
+        rows.writeheader()
+        for n, basket in enumerate(BASKETS):
+            day = "2025-11-01" if n % 3 == 2 else "2025-09-01"
+            market = f"Two eggs are in the {basket}"
+            rows.writerow(
+                {
+                    "submission_id": n,
+                    "event_ticker": f"EGGS-{n}",
+                    "title": f"Eggs in the {basket}",
+                    "snapshot_time": f"{day}T08:00:00Z",
+                    "close_time": f"{day}T20:00:00Z",
+                    "market_outcome": json.dumps({market: 0}),
+                    "category": "Food",
+                    "markets": json.dumps([market]),
+                    "sources": json.dumps([{"title": "The farmer's report", "summary": "The dog ate them."}]),
+                }
+            )

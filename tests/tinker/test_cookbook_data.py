@@ -93,3 +93,39 @@ def test_distillation_on_policy(recipes: Sdk, server: ServerProcess, taught: Pat
 
     assert abs(divergence(tmp_path / "itself", teacher_checkpoint=checkpoint["sampler_path"])) < 1e-4
     assert divergence(tmp_path / "base") > 0.5
+
+
+def test_reward_model(recipes: Sdk, server: ServerProcess, root: Path) -> None:
+    """A policy is taught, then a model that compares; the second rewards the first, and all three are trained."""
+    recipes.run(
+        arguments(
+            "preference.rlhf.rlhf_pipeline", base_model=MODEL, short_name="eggs",
+            lora_rank=16, batch_size=4, max_length=256, sft_learning_rate=1e-3, rm_learning_rate=1e-3,
+            rl_group_size=2, rl_max_tokens=8, save_every=0, eval_every=0, max_steps=3,
+        ),
+        server.url,
+    )  # fmt: skip
+    logs = root / "runs" / "rlhf-eggs"
+    for stage in ("sft", "rm"):
+        losses = metric(logs / stage, "train_mean_nll")
+        assert len(losses) == 3 and losses[-1] < 0.5 * losses[0], (stage, losses)
+    divergences = metric(logs / "rl", "optim/kl_sample_train_v1")
+    assert len(divergences) == 3 and max(abs(each) for each in divergences) < 1e-4
+
+
+def test_decisions(recipes: Sdk, server: ServerProcess, tmp_path: Path) -> None:
+    """A loss of the client on the probabilities of two tokens; the sampler's say the same after training."""
+    markets = tmp_path / "markets.csv"
+    hub.write_forecasts(markets)
+    log = tmp_path / "log"
+    recipes.run(
+        arguments(
+            "decisions.forecasting", model_name=MODEL, log_path=log, data_path=markets, max_validation_questions=4,
+            lora_rank=16, batch_size=4, learning_rate=5e-4, max_steps=4, eval_every=0,
+        ),
+        server.url,
+    )  # fmt: skip
+    losses = metric(log, "train/loss")
+    assert len(losses) == 4 and losses[-1] < 0.5 * losses[0], losses
+    before, after = metric(log, "test/brier_reward")
+    assert before < 0.7 and after > 0.9, (before, after)
