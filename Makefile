@@ -59,7 +59,7 @@ $(TINKER_VENV)/.installed: Makefile | $(VENV)/bin/python
 	done
 	@touch $@
 
-test-tinker: venv $(TINKER_VENV)/.installed  ## the tinker SDK and its cookbook against a real server (about 10 minutes)
+test-tinker: venv $(TINKER_VENV)/.installed  ## the tinker SDK and its cookbook against a real server (about 12 minutes)
 	$(BIN)/python -m pytest -m tinker tests/tinker $(PYTEST_ARGS)
 
 lint: venv  ## style, types and import rules

@@ -71,7 +71,7 @@ def test_reinforcement_loop(recipes: Sdk, server: ServerProcess, taught: Path, t
     )  # fmt: skip
     assert metric(tmp_path, "progress/batch") == [8, 9, 10, 11, 12]
     rewards = metric(tmp_path, "reward/total")
-    assert sum(rewards[-2:]) / 2 > 0.85, rewards
+    assert sum(rewards[-2:]) / 2 > 0.9, rewards
 
 
 def test_distillation_on_policy(recipes: Sdk, server: ServerProcess, taught: Path, tmp_path: Path) -> None:
@@ -121,11 +121,11 @@ def test_decisions(recipes: Sdk, server: ServerProcess, tmp_path: Path) -> None:
     recipes.run(
         arguments(
             "decisions.forecasting", model_name=MODEL, log_path=log, data_path=markets, max_validation_questions=4,
-            lora_rank=16, batch_size=4, learning_rate=5e-4, max_steps=4, eval_every=0,
+            lora_rank=16, batch_size=4, learning_rate=5e-4, max_steps=3, eval_every=0,
         ),
         server.url,
     )  # fmt: skip
     losses = metric(log, "train/loss")
-    assert len(losses) == 4 and losses[-1] < 0.5 * losses[0], losses
+    assert len(losses) == 3 and losses[-1] < 0.5 * losses[0], losses
     before, after = metric(log, "test/brier_reward")
     assert before < 0.7 and after > 0.9, (before, after)
