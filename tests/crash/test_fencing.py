@@ -31,6 +31,7 @@ TAKE_OVER_S = 60.0
 GRANTS = {"lease.granted"}
 LOST = re.compile("lease lost|refused|database does not answer")
 """What a leader says whose epoch is over, or whose session was ended."""
+ENDED = re.compile(f"{LOST.pattern}|scheduler failed")
 LEADER_FILES = (
     "scheduler/leader.py",
     "scheduler/journal.py",
@@ -83,7 +84,8 @@ def zombie(settings: Settings, site: Site, crossing: int, expected: list[workloa
         assert not failures, f"{failures}{explain()}"
         if stopped:
             # It finds out by itself, within a lease, and waits its turn.
-            eventually(lambda: LOST.search(first.log_file.read_text()) is not None, PATIENCE_S)
+            eventually(lambda: ENDED.search(first.log_file.read_text()) is not None, PATIENCE_S)
+            assert LOST.search(first.log_file.read_text()), f"{site} crossing {crossing}\n{first.log_tail()}"
     with EventStoreOf(settings) as store:
         store.check()
         history.check(seen, store, settings, explain)

@@ -21,6 +21,7 @@ from tinkerbell.errors import NotFound, TinkerbellError
 from tinkerbell.events import kinds, schema, tables
 from tinkerbell.events.blobs import BlobStore
 from tinkerbell.events.kinds import Body, ForwardBackwardBody, NewEvent, Recorded, SampleBody, kind_of
+from tinkerbell.events.leases import Lease
 from tinkerbell.events.store import EventStore
 from tinkerbell.scheduler.service import SchedulerService
 from tinkerbell.types import AdamParams, AdapterId, Datum, LoraConfig, LossSpec, SamplingParams
@@ -305,17 +306,23 @@ def test_a_server_that_ends_in_the_middle_of_a_batch_goes_on(store, serve, undis
     assert [outcome(answer, store) for answer in asker.answers()] == undisturbed[1]
 
 
-def test_a_lost_lease_stops_the_leader_at_once(store, serve, server_settings, undisturbed):
-    service = serve(executor_options={"latency_us": "10000"}, lease_ttl_s=0.6)
-    askers = [ask_for_everything(store, number) for number in range(2)]
-    wait_until(lambda: len(types_of(store, *RESULTS)) > 10)
-    engine = sa.create_engine(server_settings.url)
+def usurp(store: EventStore, settings: Settings, ttl_s: float) -> Lease:
+    """Take the lease from whoever has it, as if it had run out."""
+    engine = sa.create_engine(settings.url)
     lease = None
     while lease is None:
         with engine.begin() as connection:
             connection.execute(sa.update(tables.leases).values(expires_us=0))
-        lease = store.acquire_lease("scheduler", "usurper", 0.9)
+        lease = store.acquire_lease("scheduler", "usurper", ttl_s)
     engine.dispose()
+    return lease
+
+
+def test_a_lost_lease_stops_the_leader_at_once(store, serve, server_settings, undisturbed):
+    service = serve(executor_options={"latency_us": "10000"}, lease_ttl_s=0.6)
+    askers = [ask_for_everything(store, number) for number in range(2)]
+    wait_until(lambda: len(types_of(store, *RESULTS)) > 10)
+    usurp(store, server_settings, 0.9)
     position = store.read(0, limit=100_000, types=["lease.granted"])[-1].position
     wait_until(lambda: not service.leading)
     time.sleep(0.2)
@@ -324,6 +331,26 @@ def test_a_lost_lease_stops_the_leader_at_once(store, serve, server_settings, un
     outcomes = [[outcome(answer, store) for answer in asker.answers()] for asker in askers]
     assert outcomes == undisturbed[:2]
     assert [e.event.epoch for e in types_of(store, "lease.granted")] == [1, 2, 3]
+
+
+def test_a_leader_whose_batch_another_one_answered_meanwhile_waits_its_turn(store, serve, server_settings):
+    # It renews its lease long after this test: only the log can tell it that another one leads.
+    service = serve(executor_options={"latency_us": "1000000"}, lease_ttl_s=60.0)
+    asker = Asker(store, "t", "ad_t")
+    asker.add_lora()
+    asker.answers()
+    running = asker.sample(base=True)
+    wait_until(lambda: batches_of(store, running))
+    lease = usurp(store, server_settings, 2.0)
+    failed = kinds.SampleFailed(category="server", code="poison", message="by the other leader")
+    fence = (lease.resource, lease.epoch)
+    store.append(NewEvent(event=failed, tenant="t", stream="tenant/t", causation=running, fence=fence))
+    wait_until(lambda: not service.leading)
+    asker.train([datum(random.Random(0), 5)])
+    asker.step()
+    answers = asker.answers()
+    assert [kind_of(answer.event) for answer in answers] == ["add_lora", "sample", "forward_backward", "optim_step"]
+    assert answers[1].event == failed
 
 
 @on_sqlite

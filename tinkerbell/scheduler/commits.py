@@ -41,6 +41,11 @@ class Commits:
         self._track(self._apart, task)
         return task
 
+    @property
+    def failed(self) -> bool:
+        """Whether nothing more is written."""
+        return self._failure is not None
+
     async def room(self) -> None:
         """Wait while too much is on its way. Raises what made a write fail."""
         while len(self._in_order) >= _MOST_IN_FLIGHT:

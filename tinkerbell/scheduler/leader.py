@@ -9,7 +9,7 @@ from typing import TypeVar
 import msgspec
 
 from tinkerbell.config import Settings
-from tinkerbell.errors import Corrupt, ExecutorDied, ServerError, TinkerbellError
+from tinkerbell.errors import Corrupt, ExecutorDied, Fenced, ServerError, TinkerbellError
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.leases import Lease
@@ -157,16 +157,26 @@ class Leader:
 
     def _take_in(self, events: Sequence[Recorded]) -> None:
         for recorded in events:
-            if isinstance(recorded.event, kinds.TenantConfigured):
-                self._shares.set_weight(recorded.tenant, recorded.event.weight)
+            event = recorded.event
+            if isinstance(event, kinds.LeaseGranted) and self._is_replaced_by(event):
+                # What follows is another leader's work. It may answer what runs here now, and must not take it out of
+                # the queues under it.
+                self.lose(Fenced(f"{event.holder} leads by now; its epoch is {event.epoch}"))
+            if self._commits.failed:
+                return
+            if isinstance(event, kinds.TenantConfigured):
+                self._shares.set_weight(recorded.tenant, event.weight)
             request = self._pending.absorb(recorded)
-            if isinstance(recorded.event, kinds.SampleCancelled):
+            if isinstance(event, kinds.SampleCancelled):
                 self._wake.set()
             if request is not None:
                 self._measure(request, recorded)
                 if request.adapter is not None:
                     self._gathering.sent(request.adapter, time.monotonic())
                 self._wake.set()
+
+    def _is_replaced_by(self, granted: kinds.LeaseGranted) -> bool:
+        return granted.resource == self._lease.resource and granted.epoch > self._lease.epoch
 
     def _measure(self, request: PendingRequest, recorded: Recorded) -> None:
         try:
