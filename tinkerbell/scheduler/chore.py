@@ -34,6 +34,9 @@ class Chore(ABC):
                 await asyncio.to_thread(self.do, self._every_s)
             except TinkerbellError as exc:
                 log.warning("%s detail=%s", self.put_off, exc)
+            except Exception:
+                # Nobody waits for this task: it would end unseen, and with it the chore until the next leader.
+                log.exception(self.put_off)
             await asyncio.sleep(min(max(self._every_s / PARTS, SHORTEST_PAUSE_S), LONGEST_PAUSE_S))
 
     @abstractmethod
