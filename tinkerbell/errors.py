@@ -3,6 +3,7 @@
     TinkerbellError
     ├── UserError                      the caller can mend it (category user)
     │   ├── InvalidRequest             400  the body or a parameter is not acceptable
+    │   │   └── SessionOver                 nothing more can be made within it
     │   ├── Unauthorized               401
     │   ├── Forbidden                  403
     │   ├── NotFound                   404  also for what belongs to another tenant
@@ -58,6 +59,12 @@ class InvalidRequest(UserError):
     """The request is not valid."""
 
     slug = "invalid-request"
+
+
+class SessionOver(InvalidRequest):
+    """The session has ended."""
+
+    slug = "session-over"
 
 
 class Unauthorized(UserError):

@@ -12,6 +12,7 @@ from tinkerbell.api.correlation import correlation_of
 from tinkerbell.api.requests import ApiRequest
 from tinkerbell.api.submissions import Submitter
 from tinkerbell.api.submitting import Caller
+from tinkerbell.errors import InvalidRequest
 
 IdempotencyKey = Annotated[
     str | None,
@@ -21,9 +22,13 @@ IdempotencyKey = Annotated[
         max_length=200,
         pattern=r"^[\x20-\x7e]+$",
         description="Send it again with a request whose answer was lost: the same key and request give the"
-        " same future, the same key with another request gives 409.",
+        " same future, the same key with another request gives 409. It may not begin with `tinker:`.",
     ),
 ]
+
+
+TINKER_KEYS = "tinker:"
+"""How keys of the tinker protocol begin."""
 
 
 def provide_context(state: State) -> Context:
@@ -41,6 +46,10 @@ async def provide_submitter(
     request: ApiRequest, context: NamedDependency[Context], idempotency_key: IdempotencyKey = None
 ) -> Submitter:
     """Submits for the caller of this request."""
+    if idempotency_key is not None and idempotency_key.startswith(TINKER_KEYS):
+        raise InvalidRequest(
+            f"Idempotency-Key: what begins with {TINKER_KEYS} names requests of the tinker protocol; choose another."
+        )
     caller = Caller(
         principal=request.user,
         correlation=correlation_of(request.scope),

@@ -15,15 +15,18 @@ import msgspec
 from tinkerbell.api import admission, idempotency, validation
 from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context, Held
-from tinkerbell.errors import NotFound, Unavailable, UserError
+from tinkerbell.errors import InvalidRequest, NotFound, Unavailable, UserError
 from tinkerbell.events import kinds
 from tinkerbell.events.rows import CheckpointRow
-from tinkerbell.types import AdapterId, ModelInfo, is_sampler
+from tinkerbell.types import AdapterId, ModelInfo, SessionId, is_sampler
 
 RECENT_S = 60.0
 """Window of the speed that Retry-After is estimated from."""
 
 _LIVING = ("pending", "ready")
+
+_OF_SAMPLERS = ("sample", "remove_lora")
+"""Kinds of requests to the adapter of a sampler."""
 
 Accepted = asyncio.Future[list[kinds.Recorded]]
 """Done when the event is committed."""
@@ -53,6 +56,8 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
     """New ones."""
     body: kinds.Body | None = None
     expected_seq: int | None = None
+    session: SessionId | None = None
+    """It must not have ended."""
 
 
 class Submitting:
@@ -77,6 +82,11 @@ class Submitting:
         Raises what `draft` raises, NotFound, Conflict, IdempotencyConflict, TooManyRequests, TooLarge, Unavailable.
         """
         context, caller = self._context, self._caller
+        if adapter is not None and is_sampler(adapter) and kind not in _OF_SAMPLERS:
+            raise InvalidRequest(
+                f"{kind}: {path_id} holds a sampler's weights, which nothing changes; it can be sampled from, and"
+                " removed. Train a model, and make another sampler of it."
+            )
         if (failure := context.failure()) is not None:
             raise Unavailable(
                 f"The scheduler has stopped ({type(failure).__name__}); see the server's log.",
@@ -160,6 +170,7 @@ class Submitting:
             idempotency_key=caller.idempotency_key,
             request_hash=hashed,
             expected_seq=made.expected_seq,
+            session=made.session,
         )
 
     def usable_checkpoint(self, text: str) -> CheckpointRow:

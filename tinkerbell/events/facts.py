@@ -11,9 +11,9 @@ from tinkerbell.events.leases import stream_of
 from tinkerbell.events.projections import Cause
 from tinkerbell.events.reading import at_positions
 from tinkerbell.events.removal import FILE
-from tinkerbell.events.rules import AdapterFacts, LeaseFacts, Original, State, StreamHead
+from tinkerbell.events.rules import AdapterFacts, LeaseFacts, Original, SessionFacts, State, StreamHead
 from tinkerbell.events.statements import Lookup, Statements
-from tinkerbell.events.tables import adapters, blobs, events, futures, leases, log_head, streams
+from tinkerbell.events.tables import adapters, blobs, events, futures, leases, log_head, sessions, streams
 
 _HEAD = sa.select(log_head.c.position)
 _LOCKED_HEAD = _HEAD.with_for_update()
@@ -26,6 +26,7 @@ _ADAPTERS = Lookup(
     [adapters.c.id],
     [adapters.c.id, adapters.c.tenant, adapters.c.state, adapters.c.next_seq, adapters.c.done_seq],
 )
+_SESSIONS = Lookup([sessions.c.id], [sessions.c.id, sessions.c.tenant, sessions.c.ended_us])
 _CAUSES = Lookup(
     [futures.c.id],
     [
@@ -69,6 +70,7 @@ def read_state(
         _adapters(statements, named),
         causes,
         _leases(statements, wanted),
+        _sessions(statements, {new.session for new in news if new.session is not None}),
         _blobs(connection, {bytes.fromhex(digest) for new in news for digest in new.shared.values()}),
     )
 
@@ -99,6 +101,11 @@ def _causes(statements: Statements, ids: set[int]) -> dict[int, Cause]:
 
 def _leases(statements: Statements, resources: set[str]) -> dict[str, LeaseFacts]:
     return {row[0]: LeaseFacts(*row[1:]) for row in statements.look_up(_LEASES, resources)}
+
+
+def _sessions(statements: Statements, ids: set[str]) -> dict[str, SessionFacts]:
+    rows = statements.look_up(_SESSIONS, ids)
+    return {id_: SessionFacts(tenant, ended_us is not None) for id_, tenant, ended_us in rows}
 
 
 def _blobs(connection: sa.Connection, hashes: set[bytes]) -> frozenset[bytes]:

@@ -642,6 +642,9 @@ class NewEvent(msgspec.Struct, frozen=True, kw_only=True):
     """sha256 of the request as the caller meant it; needed with an idempotency key."""
     expected_seq: int | None = None
     """Refuse with SequenceConflict unless this is the seq the request would get."""
+    session: SessionId | None = None
+    """Refuse with SessionOver where this session of the tenant's has ended when this commits, NotFound where there is
+    none."""
     fence: tuple[str, int] | None = None
     """(resource, epoch) of a lease that must still hold when this commits."""
 

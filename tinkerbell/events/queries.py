@@ -118,6 +118,12 @@ class Queries:
         assert row is not None
         return int(row["before"])
 
+    def states(self, adapter: str, kind: str) -> list[str]:
+        """States of the adapter's requests of this kind, oldest first."""
+        c = t.futures.c
+        query = sa.select(c.state).where(c.adapter == adapter, c.kind == kind).order_by(c.id)
+        return [row["state"] for row in self._all(query)]
+
     def last_request_us(self, adapter: str) -> int | None:
         """When the newest request of the adapter was accepted."""
         c = t.futures.c
@@ -125,8 +131,8 @@ class Queries:
         row = self._first(query)
         return int(row["created_us"]) if row else None
 
-    def answered(self, tenant: str, key_prefix: str, after: int, until: int, limit: int) -> list[AnsweredRow]:
-        """The tenant's requests with such an idempotency key whose answers lie in (after, until], in order of these."""
+    def answered_samples(self, tenant: str, key_prefix: str, after: int, until: int, limit: int) -> list[AnsweredRow]:
+        """The tenant's samples with such an idempotency key whose answers lie in (after, until], in order of these."""
         request, result = t.events.alias("request"), t.events.alias("result")
         query = (
             sa.select(
@@ -139,7 +145,7 @@ class Queries:
             .join(request, request.c.position == result.c.causation)
             .join(t.futures, t.futures.c.id == request.c.position)
             .where(result.c.tenant == tenant, result.c.position > after, result.c.position <= until)
-            .where(t.futures.c.result_position == result.c.position)
+            .where(t.futures.c.kind == "sample", t.futures.c.result_position == result.c.position)
             .where(request.c.idempotency_key.startswith(key_prefix, autoescape=True))
             .order_by(result.c.position)
             .limit(limit)
@@ -220,10 +226,31 @@ class Queries:
         rows = self._all(query.order_by(c.created_us, c.id))
         return [msgspec.convert(_with_json(row), AdapterRow) for row in rows]
 
-    def is_used(self, adapter: str, since_us: int) -> bool:
-        """Whether a request of the adapter was made since then, or still waits."""
-        c = t.futures.c
-        query = sa.select(c.id).where(c.adapter == adapter, sa.or_(c.created_us >= since_us, sa.text(t.PENDING)))
+    def uncleared_sessions(self) -> list[SessionRow]:
+        """Of all tenants, those that have ended and still have living adapters, oldest first."""
+        a, s = t.adapters.c, t.sessions.c
+        living = sa.select(a.id).where(a.id.startswith("se_", autoescape=True), a.state.in_(("pending", "ready")))
+        ids = {row["id"].partition(":")[0] for row in self._all(living)}
+        query = sa.select(*_columns(t.sessions, SessionRow)).where(s.id.in_(ids), s.ended_us.is_not(None))
+        rows = self._all(query.order_by(s.created_us, s.id))
+        return [msgspec.convert(_with_json(row), SessionRow) for row in rows]
+
+    def is_session_used(self, tenant: str, session: str, since_us: int) -> bool:
+        """Whether a request to anything that the session of the tenant made was made since then, or still waits."""
+        f, e = t.futures.c, t.events.c
+        recent = sa.or_(f.created_us >= since_us, sa.text(t.PENDING))
+        for row in self.living_adapters(tenant, session):
+            if self._first(sa.select(f.id).where(f.adapter == row.id, recent).limit(1)) is not None:
+                return True
+        if all(sampler.checkpoint is not None for sampler in self.samplers(tenant, session)):
+            return False
+        # Samples of the base model have no adapter, but a key.
+        query = (
+            sa.select(f.id)
+            .join(t.events, e.position == f.id)
+            .where(f.tenant == tenant, f.adapter.is_(None), recent)
+            .where(e.idempotency_key.startswith(f"tinker:{session}:sample:", autoescape=True))
+        )
         return self._first(query.limit(1)) is not None
 
     def sampler(self, tenant: str, id: str) -> SamplerRow | None:

@@ -18,6 +18,7 @@ from tinkerbell.errors import (
     IdempotencyConflict,
     NotFound,
     SequenceConflict,
+    SessionOver,
 )
 from tinkerbell.events import kinds
 from tinkerbell.events.chain import GENESIS, link
@@ -50,6 +51,13 @@ class LeaseFacts(msgspec.Struct, frozen=True):
     expires_us: int
 
 
+class SessionFacts(msgspec.Struct, frozen=True):
+    """What is known of a session."""
+
+    tenant: str
+    ended: bool
+
+
 class Original(msgspec.Struct, frozen=True):
     """What an idempotency key stands for."""
 
@@ -58,7 +66,8 @@ class Original(msgspec.Struct, frozen=True):
 
 
 class State(msgspec.Struct):
-    """The facts that admission needs, for the streams, adapters, requests, keys, leases and blobs of one group."""
+    """The facts that admission needs, for the streams, adapters, requests, keys, leases, sessions and blobs of one
+    group."""
 
     position: int
     streams: MutableMapping[str, StreamHead]
@@ -66,6 +75,7 @@ class State(msgspec.Struct):
     adapters: MutableMapping[str, AdapterFacts]
     causes: MutableMapping[int, Cause]
     leases: MutableMapping[str, LeaseFacts]
+    sessions: MutableMapping[str, SessionFacts]
     blobs: frozenset[bytes]
     """Hashes of the shared blobs that are there. Within a group none of them goes."""
 
@@ -78,13 +88,14 @@ class State(msgspec.Struct):
             ChainMap({}, self.adapters),
             ChainMap({}, self.causes),
             ChainMap({}, self.leases),
+            ChainMap({}, self.sessions),
             self.blobs,
         )
 
     def merge(self, fork: "State") -> None:
         """Take over a fork's changes."""
         self.position = fork.position
-        for name in ("streams", "originals", "adapters", "causes", "leases"):
+        for name in ("streams", "originals", "adapters", "causes", "leases", "sessions"):
             getattr(self, name).update(getattr(fork, name).maps[0])
 
 
@@ -103,13 +114,14 @@ def admit(state: State, prepared: Prepared, blobs: dict[str, bytes], now_us: int
     """The event's place in the log, or the earlier event that has its idempotency key. A refused event leaves the
     state as it is.
 
-    Raises NotFound, Conflict, IdempotencyConflict, SequenceConflict, AlreadyAnswered, Fenced, Gone.
+    Raises NotFound, SessionOver, Conflict, IdempotencyConflict, SequenceConflict, AlreadyAnswered, Fenced, Gone.
     """
     new = prepared.new
     original = _original(state, new)
     if original is not None:
         return original
     _check_fence(state, new)
+    _check_session(state, new)
     _check_shared(state, new)
     seq, cause, facts = None, None, None
     match new.event:
@@ -128,8 +140,13 @@ def admit(state: State, prepared: Prepared, blobs: dict[str, bytes], now_us: int
         state.adapters[new.adapter] = facts
     if new.causation is not None and cause is not None:
         state.causes[new.causation] = msgspec.structs.replace(cause, answered=True)
-    if isinstance(new.event, kinds.LeaseGranted):
-        state.leases[new.event.resource] = LeaseFacts(new.event.holder, new.event.epoch, 0)
+    match new.event:
+        case kinds.LeaseGranted() as event:
+            state.leases[event.resource] = LeaseFacts(event.holder, event.epoch, 0)
+        case kinds.SessionStarted() | kinds.SessionEnded() as event:
+            state.sessions[event.session] = SessionFacts(new.tenant, isinstance(event, kinds.SessionEnded))
+        case _:
+            pass
     return admitted
 
 
@@ -151,6 +168,16 @@ def _check_fence(state: State, new: NewEvent) -> None:
     lease = state.leases.get(resource)
     if lease is None or lease.epoch != epoch:
         raise Fenced(f"epoch {epoch} of the lease {resource} is over; it is at {lease.epoch if lease else 0}")
+
+
+def _check_session(state: State, new: NewEvent) -> None:
+    if new.session is None:
+        return
+    facts = state.sessions.get(new.session)
+    if facts is None or facts.tenant != new.tenant:
+        raise NotFound(f"There is no session {new.session!r}.")
+    if facts.ended:
+        raise SessionOver(f"The session {new.session!r} has ended; start another one.")
 
 
 def _check_shared(state: State, new: NewEvent) -> None:

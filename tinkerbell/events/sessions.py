@@ -1,11 +1,21 @@
-"""The end of a session, by its own word or because it fell silent: one and the same events."""
+"""The end of a session, by its own word or because it fell silent: one and the same events.
+
+First it ends, and from then on the log takes nothing that would be made within it. Only then is it known what it made,
+and all of that is asked to leave the executor. Whoever is interrupted in between leaves adapters behind, which anybody
+may `clear` later.
+"""
 
 import hashlib
+from typing import Any
 
+import msgspec
+
+from tinkerbell.errors import NotFound
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import AnyEvent, NewEvent
-from tinkerbell.events.queries import Queries
-from tinkerbell.types import AdapterId, SessionId, TenantId
+from tinkerbell.events.rows import AdapterRow
+from tinkerbell.events.store import EventStore
+from tinkerbell.types import SessionId, TenantId
 
 EXPIRED = "expired"
 """The reason of one that fell silent."""
@@ -16,24 +26,41 @@ def end_key(session: SessionId) -> str:
     return f"tinker:end:{session}"
 
 
-def ending(
-    queries: Queries, tenant: TenantId, session: SessionId, reason: str, detail: str | None
-) -> tuple[NewEvent, ...]:
-    """What it made is asked to leave the executor, and it can make nothing more. To be appended together."""
-    removed = [
-        _once(kinds.RemoveLoraRequested(), tenant, f"tinker:remove:{row.id}", adapter=row.id)
-        for row in queries.living_adapters(tenant, session)
-    ]
+def end(
+    store: EventStore, tenant: TenantId, session: SessionId, reason: str, detail: str | None, **envelope: Any
+) -> int:
+    """End it if it has not ended, and `clear` it. `envelope`: who does it, as in NewEvent. Blocking."""
     ended = kinds.SessionEnded(session=session, reason=reason, detail=detail)
-    return (*removed, _once(ended, tenant, end_key(session)))
+    key = end_key(session)
+    new = NewEvent(event=ended, tenant=tenant, stream=f"tenant/{tenant}", **_once(key), **envelope)
+    store.append(new)
+    return clear(store, tenant, session, **envelope)
 
 
-def _once(event: AnyEvent, tenant: TenantId, key: str, adapter: AdapterId | None = None) -> NewEvent:
-    return NewEvent(
-        event=event,
-        tenant=tenant,
-        stream=f"tenant/{tenant}" if adapter is None else f"adapter/{adapter}",
-        adapter=adapter,
-        idempotency_key=key,
-        request_hash=hashlib.sha256(key.encode()).digest(),
-    )
+def clear(store: EventStore, tenant: TenantId, session: SessionId, **envelope: Any) -> int:
+    """Ask every adapter of an ended session to leave the executor, unless it is asked already; how many were.
+
+    One whose removal failed is asked again. Blocking.
+    """
+    asked = 0
+    for row in store.queries.living_adapters(tenant, session):
+        states = store.queries.states(row.id, "remove_lora")
+        if "pending" in states:
+            continue
+        try:
+            store.append(msgspec.structs.replace(_removal(row, len(states)), **envelope))
+        except NotFound:
+            continue  # somebody removed it meanwhile
+        asked += 1
+    return asked
+
+
+def _removal(row: AdapterRow, attempt: int) -> NewEvent:
+    event: AnyEvent = kinds.RemoveLoraRequested()
+    key = f"tinker:remove:{row.id}:{attempt}"
+    return NewEvent(event=event, tenant=row.tenant, stream=f"adapter/{row.id}", adapter=row.id, **_once(key))
+
+
+def _once(key: str) -> dict[str, Any]:
+    """What makes an event happen once, whoever asks for it at the same time."""
+    return {"idempotency_key": key, "request_hash": hashlib.sha256(key.encode()).digest()}

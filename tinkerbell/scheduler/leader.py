@@ -32,7 +32,7 @@ from tinkerbell.scheduler.recovery import Recovery
 from tinkerbell.scheduler.residency import Residency
 from tinkerbell.scheduler.restorer import Restorer
 from tinkerbell.scheduler.sealing import Sealer
-from tinkerbell.scheduler.session_expiry import SessionExpiry
+from tinkerbell.scheduler.session_expiry import SessionClearing, SessionExpiry
 from tinkerbell.scheduler.settlement import Answer, Settlement
 from tinkerbell.scheduler.startup import Backlog, read_backlog
 from tinkerbell.scheduler.units import planned, units_of
@@ -85,6 +85,7 @@ class Leader:
         self._chores = [
             Sealer(store, lease, None if every_h is None else every_h * 3600),
             SessionExpiry(store, lease, settings.session_expiry_s),
+            SessionClearing(store, lease),
         ]
         self._num_batches = 0
 

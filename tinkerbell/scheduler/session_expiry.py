@@ -3,12 +3,10 @@
 import logging
 import time
 
-import msgspec
-
 from tinkerbell.errors import TinkerbellError
 from tinkerbell.events.leases import Lease
 from tinkerbell.events.rows import SessionRow
-from tinkerbell.events.sessions import EXPIRED, ending
+from tinkerbell.events.sessions import EXPIRED, clear, end
 from tinkerbell.events.store import EventStore
 from tinkerbell.scheduler.chore import Chore
 
@@ -16,6 +14,8 @@ log = logging.getLogger("tinkerbell.scheduler")
 
 HEARING_S = 600.0
 """How long a new leader listens before it ends sessions: nobody could be heard while there was no server."""
+
+CLEARING_S = 3600.0
 
 
 class SessionExpiry(Chore):
@@ -39,14 +39,37 @@ class SessionExpiry(Chore):
             try:
                 self._end_unless_used(row, before_us, every_s)
             except TinkerbellError as exc:
-                # Somebody removes one of its adapters right now; the others' sessions don't wait for that.
+                # The others' sessions don't wait for this one.
                 log.warning("session not ended session=%s detail=%s", row.id, exc)
 
     def _end_unless_used(self, row: SessionRow, before_us: int, every_s: float) -> None:
         queries, lease = self._store.queries, self._lease
-        if any(queries.is_used(each.id, before_us) for each in queries.living_adapters(row.tenant, row.id)):
+        # Others ended before it; it may have spoken up in that time.
+        now = queries.session(row.tenant, row.id)
+        if now is None or now.ended_us is not None or now.heard_us >= before_us:
             return
-        events = ending(queries, row.tenant, row.id, EXPIRED, f"Nothing was heard of it for {every_s:g} s.")
+        if queries.is_session_used(row.tenant, row.id, before_us):
+            return
+        detail = f"Nothing was heard of it for {every_s:g} s."
         fence = (lease.resource, lease.epoch)
-        self._store.append(*(msgspec.structs.replace(each, actor=lease.holder, fence=fence) for each in events))
-        log.info("session expired session=%s adapters=%d", row.id, len(events) - 1)
+        asked = end(self._store, row.tenant, row.id, EXPIRED, detail, actor=lease.holder, fence=fence)
+        log.info("session expired session=%s adapters=%d", row.id, asked)
+
+
+class SessionClearing(Chore):
+    """One leadership's: what sessions left behind whose end was interrupted, or whose removals failed."""
+
+    put_off = "ended sessions not cleared"
+
+    def __init__(self, store: EventStore, lease: Lease, every_s: float = CLEARING_S) -> None:
+        super().__init__(every_s)
+        self._store = store
+        self._lease = lease
+
+    def do(self, every_s: float) -> None:
+        """Ask adapters of ended sessions to leave the executor."""
+        lease = self._lease
+        for row in self._store.queries.uncleared_sessions():
+            fence = (lease.resource, lease.epoch)
+            asked = clear(self._store, row.tenant, row.id, actor=lease.holder, fence=fence)
+            log.info("session cleared session=%s adapters=%d", row.id, asked)

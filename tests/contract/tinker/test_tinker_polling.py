@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.api_driver import answer
-from tests.support.tinker_driver import Tinker
+from tests.support.api_driver import answer, problem
+from tests.support.tinker_driver import OWNER, Tinker
 from tinkerbell.api.tinker.messages import CLONE_SEQS
 from tinkerbell.api.tinker.routes import futures
 from tinkerbell.events import kinds
@@ -119,3 +119,33 @@ def test_bad_polls_are_refused(tinker: Tinker, changes: dict[str, Any]) -> None:
     target = {"type": "sampling_session", "sampling_session_id": sampler_of(tinker)}
     found = tinker.post("retrieve_futures", **({"target": target} | changes))
     assert 400 <= found.status_code < 500 and found.json()["detail"]
+
+
+@pytest.mark.parametrize("route", ["optim_step", "save_weights", "save_weights_for_sampler", "load_weights"])
+def test_nothing_changes_what_a_sampler_reads(tinker: Tinker, route: str) -> None:
+    path = tinker.saved(tinker.model(), 1, "mine", route="save_weights_for_sampler")
+    made = {"session_id": tinker.session(), "sampling_session_seq_id": 0, "model_path": path}
+    sampler = tinker.ok("create_sampling_session", **made)["sampling_session_id"]
+    asked = sample(tinker, sampler, 0)
+    for row in tinker.api.store.queries.pending():
+        answer(tinker.api.store, row.id)
+    refused = [
+        tinker.post(route, model_id=sampler, seq_id=1, path="mine" if "load" not in route else path, adam_params={}),
+        tinker.forward_backward(sampler, 1),
+        tinker.api.post(f"/v1/adapters/{sampler}/optim_step", OWNER),
+        tinker.api.post(f"/v1/adapters/{sampler}/checkpoints", OWNER),
+    ]
+    assert [each.status_code for each in refused] == [400] * len(refused), [each.text for each in refused]
+    assert all("which nothing changes" in each.text for each in refused)
+    assert ids(poll(tinker, sampler)) == [asked]
+    again = sample(tinker, sampler, 1)
+    answer(tinker.api.store, int(again))
+    assert ids(poll(tinker, sampler)) == [asked, again]
+
+
+def test_keys_of_the_native_api_cannot_be_those_of_samples(tinker: Tinker) -> None:
+    sampler = sampler_of(tinker)
+    body = {"prompt": [1, 2], "params": {"max_tokens": 2}}
+    headers = {"Idempotency-Key": f"tinker:{sampler}:abc"}
+    problem(tinker.api.post("/v1/sample", OWNER, body, headers=headers), 400, "invalid-request")
+    assert poll(tinker, sampler, timeout=0)["completions"] == []

@@ -1,20 +1,11 @@
-"""How long sessions live; the search for them."""
+"""What is told of sessions; the search for them."""
 
-import time
-from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
-import msgspec
 import pytest
 
-from tests.support.api_driver import ApiDriver, answer, record_environment
-from tests.support.tinker_driver import LORA, OWNER, STRANGER, Tinker
-from tinkerbell.config import Settings
-from tinkerbell.events.store import EventStore
-from tinkerbell.scheduler.session_expiry import SessionExpiry
-
-EXPIRY_S = 2.0
+from tests.support.tinker_driver import OWNER, STRANGER, Tinker
 
 
 def made(tinker: Tinker, **more: Any) -> str:
@@ -124,79 +115,3 @@ def test_every_session_lies_in_the_one_project(tinker: Tinker) -> None:
 def test_a_trace_is_not_made_and_the_answer_says_what_to_do(tinker: Tinker) -> None:
     answer = tinker.call("GET", f"sessions/{made(tinker)}/trace_export").json()
     assert answer["status"] == "failed" and "/v1/events" in answer["error"]
-
-
-@pytest.fixture
-def hasty(settings: Settings, store: EventStore) -> Iterator[Tinker]:
-    """Of a server whose sessions expire soon."""
-    record_environment(store)
-    with ApiDriver(msgspec.structs.replace(settings, auth="keys", session_expiry_s=EXPIRY_S), store) as api:
-        yield Tinker(api)
-
-
-@pytest.fixture
-def expiry(store: EventStore) -> SessionExpiry:
-    lease = store.acquire_lease("scheduler", "here", 3600.0)
-    assert lease is not None
-    return SessionExpiry(store, lease, EXPIRY_S)
-
-
-def test_silence_ends_a_session_and_keeps_what_it_saved(hasty: Tinker, expiry: SessionExpiry) -> None:
-    store = hasty.api.store
-    silent, speaks, works, waits, ended = (made(hasty) for _ in range(5))
-    models = {session: hasty.model(session) for session in (silent, works, waits)}
-    path = hasty.saved(models[silent], 1)
-    stepped = hasty.ok("optim_step", model_id=models[waits], seq_id=1, adam_params={"learning_rate": 0.1})
-    assert hasty.post(f"sessions/{ended}/finish", reason={"type": "success"}).status_code == 204
-    time.sleep(EXPIRY_S)
-    hasty.saved(models[works], 1)
-    assert hasty.post("session_heartbeat", session_id=speaks).status_code == 200
-    num_events = store.head()
-    assert hasty.post("session_heartbeat", session_id=speaks).status_code == 200
-    assert store.head() == num_events, "what is known already is not written again"
-
-    expiry.do(EXPIRY_S)
-    ends = [(each.event.session, each.event.reason) for each in store.read(types=["session.ended"])]
-    assert ends == [(ended, "success"), (silent, "expired")]
-    (removal,) = store.read(types=["remove_lora.requested"])
-    assert removal.adapter == models[silent]
-    answer(store, removal.position)
-    expiry.do(EXPIRY_S)
-    assert len(store.read(types=["session.ended"])) == 2
-
-    assert hasty.post("session_heartbeat", session_id=silent).status_code == 410
-    assert hasty.post("session_heartbeat", session_id=speaks).status_code == 200
-    status = {each["session_id"]: each["status"] for each in hasty.ok("sessions/search")["sessions"]}
-    assert status[silent] == {"type": "cancelled", "detail": "Nothing was heard of it for 2 s."}
-    assert status[works] == {"type": "active"}
-    refused = hasty.post("create_model", session_id=silent, model_seq_id=1, base_model="tiny", lora_config=LORA)
-    assert refused.status_code == 400 and "start another one" in refused.text
-    gone = hasty.post("optim_step", model_id=models[silent], seq_id=2, adam_params={})
-    assert gone.status_code == 404 and "from a checkpoint in another session" in gone.text
-    assert hasty.ok("weights_info", tinker_path=path)["base_model"] == "tiny"
-    sampler = hasty.ok("create_sampling_session", session_id=made(hasty), sampling_session_seq_id=0, model_path=path)
-    assert sampler["sampling_session_id"]
-    answer(store, int(stepped["request_id"]))
-    store.check()
-
-
-def test_a_new_leader_listens_before_it_ends_sessions(hasty: Tinker, store: EventStore) -> None:
-    session = made(hasty)
-    time.sleep(EXPIRY_S)
-    lease = store.acquire_lease("scheduler", "here", 3600.0)
-    assert lease is not None
-    expiry = SessionExpiry(store, lease, EXPIRY_S)
-    expiry.do(EXPIRY_S)
-    row = store.queries.session(OWNER, session)
-    assert row is not None and row.ended_us is None
-
-
-def test_a_leader_that_was_replaced_ends_nothing(hasty: Tinker, expiry: SessionExpiry) -> None:
-    session, store = made(hasty), hasty.api.store
-    time.sleep(EXPIRY_S)
-    lease = expiry._lease
-    store.release_lease(lease)
-    assert store.acquire_lease("scheduler", "there", 3600.0) is not None
-    expiry.do(EXPIRY_S)
-    row = store.queries.session(OWNER, session)
-    assert row is not None and row.ended_us is None

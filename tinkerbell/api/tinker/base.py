@@ -12,15 +12,11 @@ from tinkerbell.api.context import Context
 from tinkerbell.api.submitting import Caller, Draft, Submitting
 from tinkerbell.api.tinker import messages as m
 from tinkerbell.api.tinker import names
-from tinkerbell.errors import InvalidRequest, NotFound, TooLarge
+from tinkerbell.errors import InvalidRequest, NotFound, SessionOver, TooLarge
 from tinkerbell.events import kinds
 from tinkerbell.events.queries import Queries
 from tinkerbell.events.rows import CheckpointRow, FutureRow, SamplerRow, SessionRow
-from tinkerbell.types import (
-    AdapterId,
-    ModelInfo,
-    TenantId,
-)
+from tinkerbell.types import AdapterId, ModelInfo, SessionId, TenantId
 
 MAX_SMALL_BYTES = 65_536
 """Of a request that carries no data."""
@@ -83,9 +79,12 @@ class TinkerSubmitting(Submitting):
             raise names.no_request(text)
         return row
 
-    def _living_session(self, text: str) -> None:
-        if self.session(text).ended_us is not None:
-            raise InvalidRequest(f"The session {text!r} has ended; start another one.")
+    def _living_session(self, text: str) -> SessionRow:
+        """As of now; an event's `session` holds when it is written, too. Raises NotFound, SessionOver."""
+        row = self.session(text)
+        if row.ended_us is not None:
+            raise SessionOver(f"The session {text!r} has ended; start another one.")
+        return row
 
     def _at_path(self, text: str) -> CheckpointRow:
         return usable_at(self._queries, self._tenant, names.parse_path(text))
@@ -126,8 +125,8 @@ class TinkerSubmitting(Submitting):
         loop = asyncio.get_running_loop()
         return (await (await asyncio.to_thread(self._context.store.submit_from, loop, *events)))[-1]
 
-    def _event(self, event: kinds.AnyEvent, key: str | None) -> kinds.NewEvent:
-        """One of the tenant's own stream; `key` makes it happen once."""
+    def _event(self, event: kinds.AnyEvent, key: str | None, session: SessionId | None = None) -> kinds.NewEvent:
+        """One of the tenant's own stream; `key` makes it happen once, `session` must not have ended."""
         return kinds.NewEvent(
             event=event,
             tenant=self._tenant,
@@ -136,10 +135,11 @@ class TinkerSubmitting(Submitting):
             actor=self._caller.principal.key_id,
             idempotency_key=key,
             request_hash=None if key is None else hashlib.sha256(key.encode()).digest(),
+            session=session,
         )
 
     def _sampler_event(self, made: kinds.SamplerCreated) -> kinds.NewEvent:
-        return self._event(made, f"tinker:{made.sampler}")
+        return self._event(made, f"tinker:{made.sampler}", made.session)
 
     def _adapter_of(self, sampler: SamplerRow, model: ModelInfo) -> tuple[kinds.NewEvent, ...]:
         """What makes the adapter that holds a sampler's weights, where it is not there yet."""
@@ -154,7 +154,7 @@ class TinkerSubmitting(Submitting):
         event = kinds.AddLoraRequested(
             base_model=model.name, lora=checkpoint.lora, seed=seed_of(sampler.id), checkpoint=checkpoint.id
         )
-        made = self._event(event, f"tinker:adapter:{sampler.id}")
+        made = self._event(event, f"tinker:adapter:{sampler.id}", sampler.session)
         return (msgspec.structs.replace(made, stream=f"adapter/{sampler.id}", adapter=sampler.id),)
 
     def _save(

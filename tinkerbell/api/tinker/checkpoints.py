@@ -48,7 +48,7 @@ class CheckpointSubmitting(TinkerSubmitting):
                 with_optimizer=body.optimizer,
                 user_metadata=body.user_metadata or {},
             )
-            return Draft(adapters=1, event=event)
+            return Draft(adapters=1, event=event, session=session)
 
         return await self._for_model("add_lora", model_id, draft)
 
@@ -143,9 +143,10 @@ class CheckpointSubmitting(TinkerSubmitting):
             check_project(body.destination_project_id, self._tenant)
         key = self._caller.idempotency_key
         before: tuple[kinds.NewEvent, ...] = ()
+        living = None
         if body.session_id is not None and body.model_seq_id is not None:
-            self._living_session(body.session_id)
-            run = names.model_id(body.session_id, body.model_seq_id)
+            living = self._living_session(body.session_id).id
+            run = names.model_id(living, body.model_seq_id)
             if self._queries.adapter(self._tenant, run) is not None:
                 raise InvalidRequest(f"model_seq_id: there is a model {run} already; give a number that is free.")
         elif body.session_id is None and body.model_seq_id is None and body.destination_project_id is not None:
@@ -173,7 +174,7 @@ class CheckpointSubmitting(TinkerSubmitting):
             user_metadata=source.user_metadata,
         )
         event = msgspec.structs.replace(
-            self._event(copied, key),
+            self._event(copied, key, living),
             stream=f"adapter/{run}",
             adapter=run,
             shared=source.blobs,

@@ -3,14 +3,14 @@
 import asyncio
 import time
 
-import msgspec
 from litestar.exceptions import HTTPException
 
 from tinkerbell.api.tinker import messages as m
 from tinkerbell.api.tinker import names
 from tinkerbell.api.tinker.base import TinkerSubmitting
+from tinkerbell.errors import SessionOver
 from tinkerbell.events import kinds
-from tinkerbell.events.sessions import ending
+from tinkerbell.events.sessions import end
 from tinkerbell.types import SessionId
 
 SIGNS_OF_LIFE = 8
@@ -41,21 +41,26 @@ class SessionSubmitting(TinkerSubmitting):
         Written down only as often as it takes to know that it did not fall silent for `session_expiry_s`.
         """
         expiry_s = self._context.settings.session_expiry_s
-        row = await asyncio.to_thread(self.session, id)
-        if row.ended_us is not None:
-            raise HTTPException(status_code=410, detail=f"The session {row.id} has ended.")
-        if expiry_s is not None and time.time_ns() // 1000 - row.heard_us > expiry_s * 1e6 / SIGNS_OF_LIFE:
-            await self._write(self._event(kinds.SessionHeard(session=row.id), None))
+        try:
+            row = await asyncio.to_thread(self._living_session, id)
+            if expiry_s is not None and time.time_ns() // 1000 - row.heard_us > expiry_s * 1e6 / SIGNS_OF_LIFE:
+                # By its key: of many that come at once, one is written.
+                key = f"tinker:heard:{row.id}:{row.heard_us}"
+                await self._write(self._event(kinds.SessionHeard(session=row.id), key, session=row.id))
+        except SessionOver as exc:
+            raise HTTPException(status_code=410, detail=f"The session {id} has ended.") from exc
 
     async def finish_session(self, session: SessionId, reason: str, detail: str | None) -> None:
         """What it made leaves the executor; what it saved stays. Once is enough: again is fine."""
         self._require_small()
-        row = await asyncio.to_thread(self.session, session)
-        if row.ended_us is not None:
-            return
-        events = await asyncio.to_thread(ending, self._queries, self._tenant, row.id, reason, detail)
-        key, trace = self._caller.principal.key_id, self._caller.correlation
-        await self._write(*(msgspec.structs.replace(each, actor=key, correlation=trace) for each in events))
+        caller, store = self._caller, self._context.store
+
+        def finish() -> None:
+            row = self.session(session)
+            who = {"actor": caller.principal.key_id, "correlation": caller.correlation}
+            end(store, self._tenant, row.id, reason, detail, **who)
+
+        await asyncio.to_thread(finish)
 
     async def revoke_key(self, key_id: str) -> None:
         """A key of the caller's."""

@@ -32,7 +32,7 @@ class TinkerSubmitter(CheckpointSubmitting, SessionSubmitting):
         model_id = names.model_id(names.session_id(body.session_id), body.model_seq_id)
 
         def draft(model: ModelInfo) -> Draft:
-            self._living_session(body.session_id)
+            session = self._living_session(body.session_id)
             check_base_model(body.base_model, model)
             check_optimizer(body.optimizer_config.type)
             shape = body.lora_config
@@ -46,7 +46,7 @@ class TinkerSubmitter(CheckpointSubmitting, SessionSubmitting):
             event = kinds.AddLoraRequested(
                 base_model=model.name, lora=lora, seed=seed, user_metadata=body.user_metadata or {}
             )
-            return Draft(adapters=1, event=event)
+            return Draft(adapters=1, event=event, session=session.id)
 
         return await self._for_model("add_lora", model_id, draft)
 
@@ -131,7 +131,13 @@ class TinkerSubmitter(CheckpointSubmitting, SessionSubmitting):
                 prompt_targets_sparse=sparse,
             )
             before = () if row.checkpoint is None else self._adapter_of(row, model)
-            return Draft(event=event, body=kinds.SampleBody(prompt, targets), tokens=len(tokens), before=before)
+            return Draft(
+                event=event,
+                body=kinds.SampleBody(prompt, targets),
+                tokens=len(tokens),
+                before=before,
+                session=row.session,
+            )
 
         adapter = None if row.checkpoint is None else sampler
         recorded, _ = await self.submit("sample", adapter, draft, path_id=adapter)
@@ -141,7 +147,7 @@ class TinkerSubmitter(CheckpointSubmitting, SessionSubmitting):
     async def join_sampler(self, sampler: SamplerId) -> int:
         """A number that no other client of the sampler has."""
         row = await asyncio.to_thread(self.sampler, sampler)
-        return (await self._write(self._event(kinds.SamplerJoined(sampler=row.id), None))).position
+        return (await self._write(self._event(kinds.SamplerJoined(sampler=row.id), None, row.session))).position
 
     async def cancel_sample(self, text: str) -> None:
         """The scheduler is told, unless it was or the answer is there."""

@@ -64,7 +64,7 @@ async def retrieve_futures(
 
     def read() -> tuple[list[AnsweredRow], int]:
         head = context.store.head()
-        rows = context.store.queries.answered(principal.tenant, key, cursor, head, PAGE)
+        rows = context.store.queries.answered_samples(principal.tenant, key, cursor, head, PAGE)
         return rows, rows[-1].result_position if len(rows) == PAGE else max(head, cursor)
 
     with context.waiter.watching(principal.tenant) as answered:
