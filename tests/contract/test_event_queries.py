@@ -9,7 +9,7 @@ from tinkerbell.config import Settings
 from tinkerbell.events import kinds
 from tinkerbell.events.engine import make_engine
 from tinkerbell.events.kinds import NewEvent, Recorded
-from tinkerbell.events.queries import FutureRow, TenantRow
+from tinkerbell.events.rows import FutureRow, TenantRow
 from tinkerbell.events.store import EventStore
 from tinkerbell.events.views import VIEWS
 from tinkerbell.types import LoraConfig

@@ -11,7 +11,7 @@ from tinkerbell.events.leases import stream_of
 from tinkerbell.events.projections import Cause
 from tinkerbell.events.reading import at_positions
 from tinkerbell.events.removal import FILE
-from tinkerbell.events.rules import AdapterFacts, LeaseFacts, Original, SessionFacts, State, StreamHead
+from tinkerbell.events.state import AdapterFacts, LeaseFacts, Original, SessionFacts, State, StreamHead
 from tinkerbell.events.statements import Lookup, Statements
 from tinkerbell.events.tables import adapters, blobs, events, futures, leases, log_head, sessions, streams
 

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from tinkerbell.events.codec import Prepared, prepare
 from tinkerbell.events.holders import has_ended
 from tinkerbell.events.kinds import LeaseGranted, NewEvent
-from tinkerbell.events.rules import LeaseFacts
+from tinkerbell.events.state import LeaseFacts
 from tinkerbell.events.tables import leases
 from tinkerbell.types import SYSTEM_TENANT
 

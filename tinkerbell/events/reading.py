@@ -8,7 +8,8 @@ from sqlalchemy import RowMapping
 
 from tinkerbell.events.codec import decode_event
 from tinkerbell.events.kinds import Recorded
-from tinkerbell.events.rules import Original, record
+from tinkerbell.events.rules import record
+from tinkerbell.events.state import Original
 from tinkerbell.events.tables import event_blobs, events
 
 T = TypeVar("T")

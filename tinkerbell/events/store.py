@@ -22,7 +22,7 @@ from tinkerbell.events.outcomes import Waiter
 from tinkerbell.events.queries import Queries
 from tinkerbell.events.removal import why_blob_gone, why_gone
 from tinkerbell.events.retention import Retention
-from tinkerbell.events.rules import Original
+from tinkerbell.events.state import Original
 from tinkerbell.events.tables import log_head
 from tinkerbell.events.tail import Callback, Tail
 from tinkerbell.events.vault import Vault

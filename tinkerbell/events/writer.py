@@ -22,7 +22,8 @@ from tinkerbell.events.leases import Claim, LeaseCall, Renewal
 from tinkerbell.events.outcomes import Outcome, Waiter
 from tinkerbell.events.projections import fold
 from tinkerbell.events.projector import project
-from tinkerbell.events.rules import Admitted, LeaseFacts, State, admit
+from tinkerbell.events.rules import Admitted, admit
+from tinkerbell.events.state import LeaseFacts, State
 from tinkerbell.events.statements import Statements
 from tinkerbell.events.tables import blobs, event_blobs, events, log_head, streams
 

@@ -1,0 +1,81 @@
+"""What admission knows of the log: facts read in the append transaction, and moved on with every event admitted."""
+
+from collections import ChainMap
+from collections.abc import MutableMapping
+
+import msgspec
+
+from tinkerbell.events.kinds import Recorded
+from tinkerbell.events.projections import Cause
+
+
+class StreamHead(msgspec.Struct, frozen=True):
+    """Where a stream ends."""
+
+    version: int
+    hash: bytes
+
+
+class AdapterFacts(msgspec.Struct, frozen=True):
+    """What is known of an adapter at this point of the log."""
+
+    tenant: str
+    state: str
+    next_seq: int
+    done_seq: int
+
+
+class LeaseFacts(msgspec.Struct, frozen=True):
+    """Who holds a lease."""
+
+    holder: str
+    epoch: int
+    expires_us: int
+
+
+class SessionFacts(msgspec.Struct, frozen=True):
+    """What is known of a session."""
+
+    tenant: str
+    ended: bool
+
+
+class Original(msgspec.Struct, frozen=True):
+    """What an idempotency key stands for."""
+
+    request_hash: bytes
+    recorded: Recorded
+
+
+class State(msgspec.Struct):
+    """The facts that admission needs, for the streams, adapters, requests, keys, leases, sessions and blobs of one
+    group."""
+
+    position: int
+    streams: MutableMapping[str, StreamHead]
+    originals: MutableMapping[tuple[str, str], Original]
+    adapters: MutableMapping[str, AdapterFacts]
+    causes: MutableMapping[int, Cause]
+    leases: MutableMapping[str, LeaseFacts]
+    sessions: MutableMapping[str, SessionFacts]
+    blobs: frozenset[bytes]
+    """Hashes of the shared blobs that are there. Within a group none of them goes."""
+
+    def fork(self) -> "State":
+        """A state whose changes can be thrown away."""
+        return State(
+            self.position,
+            ChainMap({}, self.streams),
+            ChainMap({}, self.originals),
+            ChainMap({}, self.adapters),
+            ChainMap({}, self.causes),
+            ChainMap({}, self.leases),
+            ChainMap({}, self.sessions),
+            self.blobs,
+        )
+
+    def merge(self, fork: "State") -> None:
+        """Take over a fork's changes."""
+        self.position = fork.position
+        for name in ("streams", "originals", "adapters", "causes", "leases", "sessions"):
+            getattr(self, name).update(getattr(fork, name).maps[0])
