@@ -185,8 +185,8 @@ class SchedulerService:
                 renewed = await asyncio.wait_for(
                     asyncio.to_thread(self._store.renew_lease, lease, ttl_s), max(good_until - asked, 0.001)
                 )
-            except (*_database_errors, TimeoutError) as exc:
-                log.warning("lease not renewed epoch=%d detail=%s", lease.epoch, exc)
+            except Exception as exc:  # noqa: BLE001 - nobody waits for this task: its end would not be seen
+                log.warning("lease not renewed epoch=%d detail=%r", lease.epoch, exc)
                 if loop.time() < good_until:
                     continue
                 renewed = False
