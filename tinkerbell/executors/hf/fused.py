@@ -21,6 +21,8 @@ from tinkerbell.executors.hf.runtime import Pass, Runtime
 ROTARY = "apply_rotary_pos_emb"
 """The function transformers' attention modules call by this name in their file."""
 
+DEPRECATION = "transformers.utils.deprecation"
+
 
 def fuse(decoder: nn.Module, runtime: Runtime) -> None:
     """Replace what can be replaced in `decoder`, module by module: other models of the process keep their own."""
@@ -147,7 +149,7 @@ def _fuse_gate(module: nn.Module, runtime: Runtime) -> None:
 
 
 def _fuse_rotary(module: nn.Module) -> None:
-    forward = type(module).forward
+    forward = _without_renaming(type(module).forward)
     if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
         return
     own = forward.__globals__.get(ROTARY)
@@ -167,6 +169,13 @@ def _fuse_rotary(module: nn.Module) -> None:
     )  # fmt: skip
     ours.__kwdefaults__ = forward.__kwdefaults__
     module.forward = MethodType(ours, module)
+
+
+def _without_renaming(function: Any) -> Any:
+    """What is behind transformers' wrappers that take an argument under its former name, too; nobody here uses one."""
+    while isinstance(function, FunctionType) and function.__globals__.get("__name__") == DEPRECATION:
+        function = vars(function)["__wrapped__"]
+    return function
 
 
 def _rotate(own: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
