@@ -44,8 +44,11 @@ demo: venv  ## four users fine-tune a real model at once; plots in demo-out/
 test: venv  ## run the tests, on SQLite and on a Postgres they start themselves
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-crash: venv  ## the whole crash matrix: kill -9, SIGSTOP, full disk, Postgres restarts (about 25 minutes)
-	$(BIN)/python -m pytest -m crash tests/crash $(PYTEST_ARGS)
+# A long suite runs whole, or with SLICE=SEED the part that this seed chooses (tests/support/slices.py).
+SLICED = $(if $(SLICE),--slice=$(SLICE))
+
+test-crash: venv  ## the whole crash matrix: kill -9, SIGSTOP, full disk, Postgres restarts; SLICE=SEED for a part
+	$(BIN)/python -m pytest -m crash tests/crash $(SLICED) $(PYTEST_ARGS)
 
 $(TINKER_VENV)/.installed: Makefile | $(VENV)/bin/python
 	$(PYTHON) -m venv $(TINKER_VENV)
@@ -59,8 +62,8 @@ $(TINKER_VENV)/.installed: Makefile | $(VENV)/bin/python
 	done
 	@touch $@
 
-test-tinker: venv $(TINKER_VENV)/.installed  ## the tinker SDK and its cookbook against a real server (about 12 minutes)
-	$(BIN)/python -m pytest -m tinker tests/tinker $(PYTEST_ARGS)
+test-tinker: venv $(TINKER_VENV)/.installed  ## the tinker SDK and its cookbook against a real server; SLICE=SEED for a part
+	$(BIN)/python -m pytest -m tinker tests/tinker $(SLICED) $(PYTEST_ARGS)
 
 lint: venv  ## style, types and import rules
 	$(BIN)/ruff check .

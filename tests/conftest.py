@@ -14,6 +14,8 @@ from tinkerbell.config import Settings
 from tinkerbell.events import schema
 from tinkerbell.events.store import EventStore
 
+pytest_plugins = ["tests.support.slices"]
+
 _numbers = count()
 
 

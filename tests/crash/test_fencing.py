@@ -18,6 +18,7 @@ from tests.crash import history, lives, workload
 from tests.crash.history import History
 from tests.crash.lives import FAKE, NUM_STEPS, Counted, Crash, MakeSettings, Schedule, Site
 from tests.support.server import eventually
+from tests.support.slices import Portion
 from tinkerbell.cli.process import ServerProcess
 from tinkerbell.config import Settings
 from tinkerbell.events import tables
@@ -152,15 +153,15 @@ def test_a_stopped_leader_changes_nothing(make_sqlite: MakeSettings, counted: Co
 
 @pytest.mark.crash
 @pytest.mark.timeout(900)
-def test_stopped_leaders_on_sqlite(make_sqlite: MakeSettings, counted: Counted) -> None:
-    zombies(make_sqlite, counted, 8, seed=2)
+def test_stopped_leaders_on_sqlite(make_sqlite: MakeSettings, counted: Counted, portion: Portion) -> None:
+    zombies(make_sqlite, counted, portion.number(of=8), seed=portion.drawn_by(2))
 
 
 @pytest.mark.crash
 @pytest.mark.postgres
 @pytest.mark.timeout(900)
-def test_stopped_leaders_on_postgres(make_postgres: MakeSettings, counted: Counted) -> None:
-    zombies(make_postgres, counted, 12, seed=3)
+def test_stopped_leaders_on_postgres(make_postgres: MakeSettings, counted: Counted, portion: Portion) -> None:
+    zombies(make_postgres, counted, portion.number(of=12), seed=portion.drawn_by(3))
 
 
 @pytest.mark.crash
