@@ -84,8 +84,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     seal_every_hours: Annotated[float, Meta(gt=0)] | None = 24.0
     """How often the scheduler's leader seals the log; None: only `tinkerbell audit seal` does."""
     lease_ttl_s: Annotated[float, Meta(gt=0, le=3600)] = 10.0
-    executor_silence_s: Annotated[float, Meta(ge=5, le=86400)] = 60.0
-    """An executor process that gives no sign of life for so long is killed and started again."""
+    executor_silence_s: Annotated[float, Meta(ge=2, le=86400)] = 60.0
+    """An executor process is killed and started again when it gives no sign of life for so long, or when what it is
+    busy with comes no further: a batch may stand still for three times its estimate longer."""
     limits: Limits = Limits()
 
     @property

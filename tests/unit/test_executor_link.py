@@ -281,7 +281,7 @@ def test_large_states_pass_through() -> None:
 def test_what_a_library_prints_does_not_disturb_the_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = tmp_path / "sitecustomize.py"
     site.write_text("import sys\nprint('a stray line')\nsys.stdout.flush()\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
 
     async def test() -> None:
         async with started() as link:
@@ -302,7 +302,7 @@ def test_a_stopped_child_is_killed_and_a_busy_one_is_not() -> None:
             assert link.pid is not None
             call = asyncio.create_task(link.run(batch(2)))
             os.kill(link.pid, signal.SIGSTOP)
-            with pytest.raises(ExecutorDied, match="SIGKILL"):
+            with pytest.raises(ExecutorDied, match="no sign of life"):
                 await call
             assert not link.alive
         finally:

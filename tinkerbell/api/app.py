@@ -40,13 +40,15 @@ def create_app(
     store: EventStore,
     *,
     scheduler_failed: Callable[[], Exception | None] | None = None,
+    executor_away: Callable[[], bool] | None = None,
 ) -> Litestar:
     """The HTTP edge over an open store, which stays the caller's to close.
 
-    `scheduler_failed` tells why this process's scheduler ended, if it has one and it did. Raises
-    InvalidRequest for settings that would serve without keys beyond loopback.
+    `scheduler_failed` tells why this process's scheduler ended, if it has one and it did; `executor_away` whether its
+    executor has ended and is not there again yet. Raises InvalidRequest for settings that would serve without keys
+    beyond loopback.
     """
-    context = Context(settings, store, scheduler_failed)
+    context = Context(settings, store, scheduler_failed, executor_away)
 
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:

@@ -61,7 +61,11 @@ class Context:
     """One per app. All asyncio parts belong to the loop that runs the app's lifespan."""
 
     def __init__(
-        self, settings: Settings, store: EventStore, scheduler_failed: Callable[[], Exception | None] | None
+        self,
+        settings: Settings,
+        store: EventStore,
+        scheduler_failed: Callable[[], Exception | None] | None,
+        executor_away: Callable[[], bool] | None = None,
     ) -> None:
         self.settings = settings
         self.store = store
@@ -72,6 +76,7 @@ class Context:
         self.stopping = asyncio.Event()
         """Set when the server is about to end: streams and long polls end by themselves."""
         self._scheduler_failed = scheduler_failed
+        self._executor_away = executor_away
         self._model: ModelInfo | None = None
         self._tenants: dict[TenantId, TenantRow] = {}
         self._learning = threading.Lock()
@@ -96,6 +101,10 @@ class Context:
     def failure(self) -> Exception | None:
         """Why this process's scheduler ended, if it did."""
         return self._scheduler_failed() if self._scheduler_failed is not None else None
+
+    def executor_away(self) -> bool:
+        """Whether this process's executor has ended and is not there again yet."""
+        return self._executor_away is not None and self._executor_away()
 
     def model(self) -> ModelInfo:
         """The served model. Raises Unavailable until an executor has come up. Reads the database the first time."""

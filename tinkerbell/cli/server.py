@@ -110,8 +110,15 @@ class Server:
 
     def _serve_http(self, store: EventStore) -> None:
         scheduler = self._scheduler
-        failed = None if scheduler is None else (lambda: scheduler.failed)
-        app = create_app(self._settings, store, scheduler_failed=failed)
+        if scheduler is None:
+            app = create_app(self._settings, store)
+        else:
+            app = create_app(
+                self._settings,
+                store,
+                scheduler_failed=lambda: scheduler.failed,
+                executor_away=lambda: scheduler.executor_away,
+            )
         serve_api(
             app,
             self._settings.host,

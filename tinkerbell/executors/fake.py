@@ -33,11 +33,14 @@ from tinkerbell.executors.port import (
     UnitFailed,
     UnitResult,
 )
+from tinkerbell.executors.progress import mark
 from tinkerbell.executors.protocol import ExecutorOptions
 from tinkerbell.types import TARGET_PRESETS, AdapterId, DatumOutputs, LoraConfig, ModelInfo, OutputSpec, SampledSequence
 
 TARGETS = (*TARGET_PRESETS["all-linear"], "lm_head")
 EOS_TOKEN = 0
+PAUSE_S = 0.25
+"""Longest sleep without a mark of progress."""
 
 
 class LostChunk(ServerError):
@@ -121,11 +124,11 @@ class FakeExecutor:
         pause_us = self._latency_us
         if self._us_per_token:
             pause_us += self._us_per_token * sum(map(_num_tokens, batch.units, results))
-        if pause_us:
-            time.sleep(pause_us / 1e6)
+        _pause(pause_us / 1e6)
         return BatchResult(results=results, busy_us=(time.perf_counter_ns() - started) // 1000)
 
     def _run(self, unit: Unit) -> UnitResult:
+        mark()
         try:
             match unit:
                 case ForwardBackward():
@@ -180,6 +183,7 @@ class FakeExecutor:
             found = distribution.target_logprobs(before, targets)
             value = fake_losses.evaluate(unit.loss, found, inputs)
             losses.append(value.loss)
+            mark()
             for name, metric in value.metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + metric
             logprobs.append(struct.pack(f"<{len(found)}f", *found))
@@ -228,6 +232,7 @@ class FakeExecutor:
         sequences: list[SampledSequence] = []
         for sample in unit.indices:
             tokens, logprobs, stopped = distribution.sample(prompt, params, unit.seed, sample, max_tokens, stop_tokens)
+            mark()
             top = distribution.outputs([prompt[-1], *tokens[:-1]], OutputSpec(top_k=params.top_logprobs))
             sequences.append(
                 SampledSequence(
@@ -289,6 +294,14 @@ class FakeExecutor:
             if not -1 <= target < self._info.vocab_size:
                 raise InvalidRequest(f"prompt_targets: {target} is outside the vocabulary of {self._info.vocab_size}")
         return targets
+
+
+def _pause(pause_s: float) -> None:
+    """As an accelerator that works its way through a batch."""
+    until = time.monotonic() + pause_s
+    while (left_s := until - time.monotonic()) > 0:
+        time.sleep(min(left_s, PAUSE_S))
+        mark()
 
 
 def _num_tokens(unit: Unit, result: UnitResult) -> int:

@@ -1,4 +1,4 @@
-"""The server's side of an executor process: starts it, sends calls in order, notices its death."""
+"""The server's side of an executor process: starts it, sends calls in order, notices when it dies or hangs."""
 
 import asyncio
 import contextlib
@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import msgspec
@@ -23,6 +24,10 @@ T = TypeVar("T")
 R = TypeVar("R", bound=protocol.Reply)
 
 SILENCE_S = 60.0
+FIRST_WORD_S = 60.0
+"""How long an interpreter may take, on a busy machine, until it gives its first sign of life."""
+PATIENCE = 3.0
+"""How many times its estimate a batch may take, on top, without any mark of progress: for executors that make few."""
 
 BUFFER_BYTES = 4 * 1024 * 1024
 """Of one read from the socket: checkpoints are hundreds of megabytes."""
@@ -38,6 +43,16 @@ class Timed(msgspec.Struct, Generic[T], frozen=True):
     """Microseconds inside the executor process."""
 
 
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A command that waits for its reply."""
+
+    command: str
+    answer: asyncio.Future[protocol.Reply]
+    patience_s: float
+    """How long no progress is no hang, on top of what holds for every call."""
+
+
 class _Child:
     """One started process with its socket and the calls it has not answered yet, oldest first."""
 
@@ -47,11 +62,19 @@ class _Child:
         self.process = process
         self.reader = reader
         self.writer = writer
-        self.waiting: deque[asyncio.Future[protocol.Reply]] = deque()
+        self.waiting: deque[_Call] = deque()
         self.pump: asyncio.Task[None] | None = None
         self.watch: asyncio.Task[None] | None = None
-        self.heard = True
+        self.marks = 0
+        """Of its last beat."""
+        self.progressed = True
+        """Since the watch last looked: its work has come further, or it has none and gives signs of life."""
+        self.spoken = False
+        """Anything ever came from it."""
+        self.heard = False
         """Since the watch last looked."""
+        self.verdict: str | None = None
+        """Why it was killed."""
         self.ended = False
         """No reply will come any more."""
 
@@ -60,8 +83,8 @@ class ExecutorLink:
     """One executor process. All methods belong to one event loop; calls are answered in order.
 
     After the process died, every call in flight and every later one raises ExecutorDied until `start` is
-    called again. A cancelled call is still carried out by the child; its answer is dropped. A process that has started
-    and then gives no sign of life for `silence_s` hangs or was stopped: it is killed.
+    called again. A cancelled call is still carried out by the child; its answer is dropped. A process that gives no
+    sign of life for `silence_s`, or whose call makes no progress for so long, was stopped or hangs: it is killed.
     """
 
     def __init__(self, kind: str, options: ExecutorOptions, silence_s: float = SILENCE_S) -> None:
@@ -94,7 +117,6 @@ class ExecutorLink:
         except BaseException:
             await self.stop()
             raise
-        self._child.watch = asyncio.create_task(self._watch(self._child), name=f"executor-{self.kind}-watch")
         log.info("executor started", extra={"executor": self.kind, "pid": self.pid, "busy_us": reply.busy_us})
         return reply.environment
 
@@ -118,9 +140,9 @@ class ExecutorLink:
         reply = await self._call(protocol.Remove(adapter), protocol.Removed)
         return Timed(None, reply.busy_us)
 
-    async def run(self, batch: Batch) -> BatchResult:
-        """Executor.run."""
-        return (await self._call(protocol.Run(batch), protocol.Ran)).result
+    async def run(self, batch: Batch, estimated_s: float = 0.0) -> BatchResult:
+        """Executor.run. `estimated_s`: how long it is expected to take, where anybody knows."""
+        return (await self._call(protocol.Run(batch), protocol.Ran, PATIENCE * estimated_s)).result
 
     async def stop(self, grace_s: float = 2.0) -> None:
         """End the process: a stop message, after `grace_s` SIGTERM, after as long again SIGKILL.
@@ -163,6 +185,7 @@ class ExecutorLink:
         reader, writer = await asyncio.open_connection(sock=ours, limit=BUFFER_BYTES)
         child = _Child(process, reader, writer)
         child.pump = asyncio.create_task(self._receive(child), name=f"executor-{self.kind}")
+        child.watch = asyncio.create_task(self._watch(child), name=f"executor-{self.kind}-watch")
         return child
 
     def _variables(self) -> dict[str, str]:
@@ -176,12 +199,13 @@ class ExecutorLink:
             variables |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self._options.threads))
         return variables
 
-    async def _call(self, command: protocol.Command, expected: type[R]) -> R:
+    async def _call(self, command: protocol.Command, expected: type[R], patience_s: float = 0.0) -> R:
         child = self._child
         if child is None or child.ended:
             raise ExecutorDied(f"the {self.kind} executor is not running")
         answer: asyncio.Future[protocol.Reply] = asyncio.get_running_loop().create_future()
-        child.waiting.append(answer)
+        child.waiting.append(_Call(type(command).__name__.lower(), answer, patience_s))
+        child.progressed = True
         child.writer.write(protocol.frame(command))
         reply = await answer
         if isinstance(reply, protocol.Failed):
@@ -194,13 +218,14 @@ class ExecutorLink:
         try:
             while True:
                 header = await child.reader.readexactly(protocol.HEADER.size)
-                child.heard = True
-                if not (length := protocol.frame_length(header)):
+                message = protocol.reply_decoder.decode(await _body(child, protocol.frame_length(header)))
+                if isinstance(message, protocol.Beat):
+                    child.progressed |= message.marks != child.marks or not child.waiting
+                    child.marks = message.marks
                     continue
-                body = await child.reader.readexactly(length)
-                answer = child.waiting.popleft()
+                answer = child.waiting.popleft().answer
                 if not answer.done():
-                    answer.set_result(protocol.reply_decoder.decode(body))
+                    answer.set_result(message)
         except (asyncio.IncompleteReadError, OSError):
             pass  # the process is gone, or about to be
         except (ExecutorDied, msgspec.DecodeError, IndexError):
@@ -212,26 +237,46 @@ class ExecutorLink:
             if child.watch is not None:
                 child.watch.cancel()
         code = await _exit_code(child.process, 10.0)
-        died = ExecutorDied(f"the {self.kind} executor (pid {child.process.pid}) {_ending(code)}")
+        died = ExecutorDied(f"the {self.kind} executor (pid {child.process.pid}) {child.verdict or _ending(code)}")
         while child.waiting:
-            answer = child.waiting.popleft()
+            answer = child.waiting.popleft().answer
             if not answer.done():
                 answer.set_exception(died)
 
     async def _watch(self, child: _Child) -> None:
-        """Kill the process when nothing came from it between many looks. Looks are counted, not seconds: while this
-        process was stopped itself nobody heard anything."""
-        looks = max(1, round(self._silence_s / protocol.BEAT_S))
-        silent = 0
-        while silent < looks:
-            await asyncio.sleep(self._silence_s / looks)
+        """Kill the process when many looks in a row see no progress. Looks are counted, not seconds: while this process
+        was stopped itself nobody heard anything."""
+        pause_s = self._silence_s / max(1, round(self._silence_s / protocol.BEAT_S))
+        silent = still = 0
+        while True:
+            await asyncio.sleep(pause_s)
             silent = 0 if child.heard else silent + 1
-            child.heard = False
-        log.error(
-            "executor `%s` (pid %d) gave no sign of life for %g s; it is killed",
-            *(self.kind, child.process.pid, self._silence_s),
-        )
+            still = 0 if child.progressed else still + 1
+            child.heard = child.progressed = False
+            most_s = self._silence_s if child.spoken else max(self._silence_s, FIRST_WORD_S)
+            if round(silent * pause_s, 3) >= most_s:
+                child.verdict = f"gave no sign of life for {most_s:g} s and was killed"
+                break
+            call = child.waiting[0] if child.waiting else None
+            if call is not None and child.spoken and round(still * pause_s, 3) >= self._silence_s + call.patience_s:
+                child.verdict = f"made no progress in `{call.command}` for {still * pause_s:g} s and was killed"
+                break
+        log.error("executor `%s` (pid %d) %s", self.kind, child.process.pid, child.verdict)
         child.process.kill()
+
+
+async def _body(child: _Child, num_bytes: int) -> bytearray:
+    """The next bytes of the stream; each piece of a large message shows that the child goes on. Raises
+    IncompleteReadError."""
+    body = bytearray()
+    while len(body) < num_bytes:
+        piece = await child.reader.read(min(num_bytes - len(body), BUFFER_BYTES))
+        if not piece:
+            raise asyncio.IncompleteReadError(b"", num_bytes)
+        body += piece
+        child.spoken = child.heard = True
+        child.progressed |= num_bytes > BUFFER_BYTES
+    return body
 
 
 async def _exit_code(process: "subprocess.Popen[bytes]", timeout_s: float | None) -> int | None:

@@ -186,6 +186,9 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
 class Executor(Protocol):
     """One process's worth of adapters on one base model. Calls never overlap.
 
+    A call that takes long says `progress.mark()` again and again, every few seconds at the most: one that has not for
+    the server's `executor_silence_s` is taken for hung, and the process killed.
+
     Errors of a caller's making are raised as `errors.UserError`; anything else is the server's.
     """
 

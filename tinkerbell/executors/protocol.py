@@ -1,7 +1,7 @@
 """Messages between a server and its executor process, and the frames they travel in.
 
 A frame is an 8-byte little-endian length and that many bytes of msgpack. The parent sends commands, the child
-answers each with one reply, in order. In between it sends empty frames, as a sign of life.
+answers each with one reply, in order. In between it sends beats: a sign of life that says how far its work has come.
 """
 
 import socket
@@ -11,13 +11,12 @@ import msgspec
 
 from tinkerbell.errors import ExecutorDied, ServerError, TinkerbellError, UserError
 from tinkerbell.executors.port import AdapterReport, AdapterState, Batch, BatchResult, Environment
+from tinkerbell.executors.progress import mark
 from tinkerbell.types import AdapterId, Category, LoraConfig
 
 HEADER = struct.Struct("<Q")
-BEAT = HEADER.pack(0)
-"""An empty frame: the child says that it runs, whatever it is busy with."""
 BEAT_S = 1.0
-"""How often."""
+"""How often the child sends a Beat."""
 MAX_FRAME_BYTES = 1 << 36
 """A longer announced length can only be a stream that lost its place."""
 
@@ -137,6 +136,12 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 Reply = Described | Reported | Snapped | Removed | Ran | Failed
 
 
+class Beat(msgspec.Struct, frozen=True, tag="beat"):
+    """The process runs. Whether the call it is busy with does, show the marks: see `progress`."""
+
+    marks: int
+
+
 def _classes(root: type[TinkerbellError]) -> dict[str, type[TinkerbellError]]:
     found = {root.slug: root}
     for child in root.__subclasses__():
@@ -148,10 +153,10 @@ _CLASSES = _classes(TinkerbellError)
 
 _encoder = msgspec.msgpack.Encoder()
 command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
-reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+reply_decoder: msgspec.msgpack.Decoder[Reply | Beat] = msgspec.msgpack.Decoder(Reply | Beat)
 
 
-def frame(message: Command | Reply) -> bytearray:
+def frame(message: Command | Reply | Beat) -> bytearray:
     """Length and body of one message."""
     buffer = bytearray(HEADER.size)
     _encoder.encode_into(message, buffer, HEADER.size)
@@ -181,6 +186,7 @@ def _read_exactly(stream: socket.socket, num_bytes: int) -> bytearray | None:
         if received == 0:
             return None
         view = view[received:]
+        mark()  # a checkpoint takes a while
     return buffer
 
 

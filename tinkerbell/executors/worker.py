@@ -19,8 +19,12 @@ from collections.abc import Callable
 from tinkerbell.errors import InvalidRequest, ServerError, TinkerbellError
 from tinkerbell.executors import protocol, registry
 from tinkerbell.executors.port import Executor
+from tinkerbell.executors.progress import PROGRESS
 
 BusyUs = Callable[[], int]
+
+LEAST_CPU_S = 0.02
+"""Processor time since the last mark that shows a start to go on."""
 
 log = logging.getLogger("tinkerbell.executors.worker")
 
@@ -86,29 +90,47 @@ class Voice:
         with self._lock:
             self._stream.sendall(frame)
 
-    def beat(self) -> None:
-        """Say in a thread of its own that this process runs, as long as there is somebody to say it to."""
 
-        def run() -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    self.say(protocol.BEAT)
-                    time.sleep(protocol.BEAT_S)
+class Pulse(threading.Thread):
+    """Says that this process runs, and how far its work has come, as long as there is somebody to say it to."""
 
-        threading.Thread(target=run, name="beat", daemon=True).start()
+    def __init__(self, voice: Voice) -> None:
+        super().__init__(name="pulse", daemon=True)
+        self._voice = voice
+        self._marked_s = 0.0
+        self.starting = True
+        """Imports and the loading of a model are other people's code, which makes no marks: until they are over, that
+        the process computes, or takes in what it reads, counts as one."""
+
+    def run(self) -> None:
+        """Until the parent is gone."""
+        with contextlib.suppress(OSError):
+            while True:
+                if self.starting:
+                    self._mark_work()
+                self._voice.say(protocol.frame(protocol.Beat(PROGRESS.marks)))
+                time.sleep(protocol.BEAT_S)
+
+    def _mark_work(self) -> None:
+        worked_s = time.process_time() - time.thread_time()  # what this thread takes shows nothing
+        if worked_s - self._marked_s >= LEAST_CPU_S:
+            self._marked_s = worked_s
+            PROGRESS.mark()
 
 
 def serve(kind: str, stream: socket.socket) -> None:
     """Answer commands until Stop or the end of the stream."""
     worker = Worker(kind)
     voice = Voice(stream)
-    voice.beat()
+    pulse = Pulse(voice)
+    pulse.start()
     while (body := protocol.read_frame(stream)) is not None:
         command = protocol.command_decoder.decode(body)
         del body  # a load's weights need not be held twice
         if isinstance(command, protocol.Stop):
             return
         voice.say(worker.answer(command))
+        pulse.starting = pulse.starting and not isinstance(command, protocol.Start)
 
 
 def exit_with_parent(stream: socket.socket) -> None:

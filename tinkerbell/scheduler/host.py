@@ -27,12 +27,20 @@ class ExecutorHost:
         )
         self.link = ExecutorLink(settings.executor, self._options, settings.executor_silence_s)
         self.environment: EnvironmentRecorded | None = None
+        self._started = False
         self._deaths = 0
         """Since a batch last succeeded."""
 
+    @property
+    def up(self) -> bool:
+        """Whether an executor runs that has loaded its model."""
+        return self._started and self.link.alive
+
     async def start(self) -> EnvironmentRecorded:
         """Raises what the executor raised when it cannot start."""
+        self._started = False
         self.environment = environment_event(await self.link.start(), self._options)
+        self._started = True
         return self.environment
 
     def worked(self) -> None:

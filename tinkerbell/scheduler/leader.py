@@ -269,7 +269,8 @@ class Leader:
             if plan.lane == "control":
                 answers, charges, busy_us = await self._run_control(plan, batch)
             else:
-                result = await self._call(self._host.link.run(Batch(id=batch, units=units)))
+                told = Batch(id=batch, units=units)
+                result = await self._call(self._host.link.run(told, plan.estimated_us / 1e6))
                 results.require_finite(result.results)
                 busy_us = result.busy_us
                 charges = self._settlement.charge(plan, result.results, busy_us)
@@ -345,7 +346,8 @@ class Leader:
     async def _lose_batch(self, plan: Plan, batch: str, exc: ServerError) -> None:
         """The executor died in it: everything in it runs again, one request at a time, until the cause
         shows."""
-        log.warning("batch lost batch=%s units=%d detail=%s", batch, len(plan.works), exc)
+        positions = [request.position for request in plan.requests]
+        log.warning("batch lost batch=%s requests=%s detail=%s", batch, positions, exc)
         self._settlement.refund(plan)
         self._journal.say(kinds.BatchLost(batch=batch, reason=exc.detail))
         for request in plan.requests:
@@ -353,6 +355,7 @@ class Leader:
             if request.deaths >= MOST_DEATHS:
                 self._pending.finish(request)
                 message = f"the executor died {request.deaths} times while it ran this request"
+                log.error("poison request=%d tenant=%s detail=%s", request.position, request.tenant, message)
                 self._fail([request], Reason("server", "poison", message), batch)
                 if request.lane == "control":
                     self._note(request, ExecutorDied(message))

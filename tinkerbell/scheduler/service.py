@@ -53,6 +53,11 @@ class SchedulerService:
         return self._host.link.pid if self._host is not None else None
 
     @property
+    def executor_away(self) -> bool:
+        """Whether the executor has ended and is not there again yet."""
+        return self._host is None or not self._host.up
+
+    @property
     def leading(self) -> bool:
         """Whether this service holds the lease."""
         return self._leader is not None

@@ -50,7 +50,9 @@ def healthz(context: NamedDependency[Context]) -> Response[wire.Health]:
     responses=_unavailable(wire.Readiness, "Not yet, or not any more; `reason` tells."),
 )
 async def readyz(context: NamedDependency[Context]) -> Response[wire.Readiness]:
-    """Ready once an executor has come up and until the server stops."""
+    """Ready once an executor has come up and until the server stops, but for while an executor that died or hung is
+    replaced: what is asked then waits for the new one. Where roles run apart, that is known to the scheduler's process
+    only."""
     reason = await asyncio.to_thread(_not_ready, context)
     return Response(wire.Readiness(ready=not reason, reason=reason), status_code=503 if reason else 200)
 
@@ -60,6 +62,8 @@ def _not_ready(context: Context) -> str:
         return "The server is stopping."
     if context.failure() is not None:
         return "The scheduler has ended."
+    if context.executor_away():
+        return "The executor has ended; it is being started again."
     try:
         context.model()
     except Unavailable as error:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tinkerbell.errors import InvalidRequest
+from tinkerbell.executors.progress import mark
 from tinkerbell.types import TARGET_PRESETS, LoraConfig
 
 
@@ -118,6 +119,7 @@ class Adapter:
         """Take everything to another device; nothing happens where it is there."""
         if device != self.device:
             for buffer in self._buffers():
+                mark()
                 buffer.move(device)
             self.device = device
 
@@ -132,6 +134,7 @@ class Adapter:
         Each layer has its own generator, so its A does not depend on which other layers are targets.
         """
         for name, pair in self.weights.pairs.items():
+            mark()
             key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
             bound = 1.0 / math.sqrt(pair.A.shape[1])
@@ -146,6 +149,7 @@ class Adapter:
         digest = hashlib.sha256(self.weights.flat.cpu().numpy().data)
         weights = digest.hexdigest()
         for buffer in (self.exp_avg, self.exp_avg_sq):
+            mark()
             digest.update(buffer.flat.cpu().numpy().data)
         digest.update(struct.pack("<q", self.step))
         return Digests(weights, digest.hexdigest())

@@ -15,6 +15,7 @@ from torch import Tensor
 from tinkerbell.errors import InvalidRequest
 from tinkerbell.executors.hf.adapter import Adapter, Buffer, LinearShape, target_shapes
 from tinkerbell.executors.port import AdapterState
+from tinkerbell.executors.progress import mark
 
 METADATA = {"format": "pt"}
 """One entry only: safetensors writes several in no fixed order."""
@@ -69,7 +70,11 @@ def _names(buffer: Buffer, suffix: str) -> dict[str, Tensor]:
 
 
 def _tensors(buffer: Buffer, suffix: str) -> dict[str, Tensor]:
-    return {name: view.detach().cpu().contiguous().clone() for name, view in _names(buffer, suffix).items()}
+    tensors: dict[str, Tensor] = {}
+    for name, view in _names(buffer, suffix).items():
+        mark()
+        tensors[name] = view.detach().cpu().contiguous().clone()
+    return tensors
 
 
 def _config(adapter: Adapter, base_model: str) -> bytes:
@@ -106,6 +111,7 @@ def _fill(what: str, buffers: dict[str, Buffer], tensors: dict[str, Tensor]) -> 
         problem = "is missing" if name in views else "does not belong to this adapter"
         raise InvalidRequest(f"{what}: `{name}` {problem}")
     for name, view in views.items():
+        mark()
         tensor = tensors[name]
         if tensor.shape != view.shape:
             raise InvalidRequest(f"{what}: `{name}` is {list(tensor.shape)}, not {list(view.shape)}")

@@ -21,6 +21,7 @@ from torch import Tensor
 from tinkerbell.executors.hf.gemm import BLOCK, LANES, Heights, filled, rows, softmax_in_place
 from tinkerbell.executors.hf.lora import MultiLoraLinear, accumulate
 from tinkerbell.executors.hf.runtime import Pass, RowRange, Runtime
+from tinkerbell.executors.progress import mark
 
 CHUNK_ROWS = 512
 """C where a micro-batch goes through the head by itself. Part of what decides bits, hence no option."""
@@ -109,6 +110,7 @@ def logit_blocks(x: Tensor, head: MultiLoraLinear, lora: RowRange | None) -> Ite
         pair = lora.adapter.weights.pairs[head.name]
         down = torch.mm(x, pair.A.t().to(x.dtype))
     for start in range(0, head.out_features, BLOCK):
+        mark()
         stop = min(start + BLOCK, head.out_features)
         z = buffer[: x.shape[0] * (stop - start)].view(x.shape[0], stop - start)
         torch.mm(x, head.weight[start:stop].t(), out=z)

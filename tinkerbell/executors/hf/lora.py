@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tinkerbell.executors.hf.gemm import aligned, mm_few, mm_split
+from tinkerbell.executors.progress import mark
 
 if TYPE_CHECKING:
     from tinkerbell.executors.hf.runtime import RowRange, Runtime
@@ -60,6 +61,7 @@ class MultiLoraFn(torch.autograd.Function):
         few_rows: bool,
     ) -> Tensor:
         """x [T, I], weight [O, I] -> [T, O]. `anchor` makes autograd record this where x needs no gradient."""
+        mark()
         y = mm_few(x, weight, bounds) if few_rows else mm_split(x, weight.t(), bounds)
         if bias is not None:
             y += bias
@@ -77,6 +79,7 @@ class MultiLoraFn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         """gx = gy W + scale (gy B) A; gB = scale gy^T (x A^T); gA = scale (gy B)^T x."""
+        mark()
         (gy,) = grad_outputs
         x, weight, *down = ctx.saved_tensors
         gy = gy.contiguous()  # so that a slice has the same strides whatever the number of rows

@@ -17,6 +17,7 @@ from tinkerbell.errors import NotFound, UserError
 from tinkerbell.executors.hf.adapter import Adapter, Buffer, Digests
 from tinkerbell.executors.hf.failures import NoGradients, NonFinite, failed
 from tinkerbell.executors.port import OptimStep, OptimStepDone, UnitFailed
+from tinkerbell.executors.progress import mark
 from tinkerbell.types import AdamParams, AdapterId
 
 _HARMLESS = 1e18
@@ -91,6 +92,7 @@ def steps(cycle: Sequence[tuple[Adapter, AdamParams]]) -> list[float | UserError
     outcomes: list[float | UserError] = []
     ready: dict[AdamParams, list[tuple[int, _Ready]]] = {}
     for place, (adapter, adam) in enumerate(cycle):
+        mark()
         try:
             prepared = _prepare(adapter, adam)
         except UserError as exc:

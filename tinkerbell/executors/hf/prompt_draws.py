@@ -12,6 +12,7 @@ which token of a block it is that was taken; it must not be u, which knows what 
 import torch
 from torch import Tensor
 
+from tinkerbell.executors.progress import mark
 from tinkerbell.executors.randomness import PROMPT, uniform
 
 
@@ -22,6 +23,7 @@ class Draws:
         """`temperature` > 0. The draws of row n are a function of (seed, draw, n). In the dtype and on the device of
         `like`."""
         numbers = [[uniform(seed, n, row, PROMPT) for n in range(2 * k)] for row in range(num_rows)]
+        mark()
         both = torch.tensor(numbers, dtype=torch.float64, device=like.device).view(num_rows, k, 2)
         self._u, self._place = both[..., 0].contiguous(), both[..., 1].contiguous()
         """[N, k]"""
