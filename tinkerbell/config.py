@@ -29,6 +29,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Of the arrays one forward may ask for in `outputs`; logits take 4 bytes for each token and vocabulary entry. And
     of the logprobs of a request with several targets for each token."""
     max_body_bytes: Count = 48 * 1024 * 1024
+    max_waiting_reads: Count = 256
+    """Reads of one tenant that wait for a thread; long polls and streams that wait for the log are none."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -4,7 +4,8 @@ import asyncio
 import multiprocessing
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,6 +16,10 @@ from tinkerbell.events.futures import FutureWaiter
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.store import EventStore
 from tinkerbell.events.tail import PAGE_EVENTS
+
+
+async def in_thread(_tenant: str, call: Callable[..., Any], *args: Any) -> Any:
+    return await asyncio.to_thread(call, *args)
 
 
 class Reader:
@@ -141,7 +146,7 @@ def test_future_waiter(store: EventStore) -> None:
     first, second, third = store.append(log.forward_backward(), log.forward_backward(), log.forward_backward())
 
     async def scenario() -> None:
-        waiter = FutureWaiter(store)
+        waiter = FutureWaiter(store, in_thread)
         await waiter.start()
         found = await waiter.wait("alice", added.position, 5)
         assert found is not None and found[1] is None
@@ -184,7 +189,7 @@ def test_answers_of_another_process_wake_waiters(store: EventStore, database_set
     other = EventStore.open(database_settings)
 
     async def scenario() -> int | None:
-        waiter = FutureWaiter(store)
+        waiter = FutureWaiter(store, in_thread)
         await waiter.start()
         waiting = asyncio.create_task(waiter.wait("alice", asked.position, 20))
         await asyncio.sleep(0.05)

@@ -57,6 +57,7 @@ def create_app(
             yield
         finally:
             await context.stop()
+            context.threads.close()
 
     return Litestar(
         route_handlers=[

@@ -1,6 +1,5 @@
 """Who is asking: an API key's tenant, or the one local user of a server without keys."""
 
-import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -12,6 +11,7 @@ import msgspec
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
 
+from tinkerbell.api.threads import FairThreads
 from tinkerbell.config import Settings
 from tinkerbell.errors import Forbidden, InvalidRequest, Unauthorized
 from tinkerbell.events.queries import Queries
@@ -56,7 +56,7 @@ def is_loopback(host: str) -> bool:
 class Gate:
     """Decides who a connection is from. Remembers keys and the absence of keys for CACHE_TTL_S."""
 
-    def __init__(self, settings: Settings, queries: Queries) -> None:
+    def __init__(self, settings: Settings, queries: Queries, threads: FairThreads) -> None:
         self.loopback = is_loopback(settings.host)
         """Whether the settings bind the server to loopback; only then may it run without keys."""
         if settings.auth == "off" and not self.loopback:
@@ -66,6 +66,7 @@ class Gate:
             )
         self._auth: Literal["auto", "keys", "off"] = settings.auth
         self._queries = queries
+        self._threads = threads
         self._keys: dict[str, tuple[float, KeyRow]] = {}
         self._keyless_until = 0.0
         self._keyless = False
@@ -101,7 +102,7 @@ class Gate:
             return False
         now = time.monotonic()
         if now >= self._keyless_until:
-            self._keyless = not await asyncio.to_thread(self._queries.keys)
+            self._keyless = not await self._threads.run(LOCAL_TENANT, self._queries.keys)
             self._keyless_until = now + CACHE_TTL_S
         return self._keyless
 
@@ -110,7 +111,7 @@ class Gate:
         cached = self._keys.get(key_id)
         if cached is not None and now < cached[0]:
             return cached[1]
-        row = await asyncio.to_thread(self._queries.key, key_id)
+        row = await self._threads.run(key_id, self._queries.key, key_id)
         # Only keys that exist are kept, so that guesses cannot fill the memory.
         if row is None:
             self._keys.pop(key_id, None)

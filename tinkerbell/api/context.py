@@ -4,18 +4,23 @@ it."""
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import msgspec
 
 from tinkerbell.api.auth import Gate
 from tinkerbell.api.doorbell import Doorbell
+from tinkerbell.api.threads import Threads
 from tinkerbell.config import Settings
 from tinkerbell.errors import Unavailable
 from tinkerbell.events.futures import FutureWaiter
 from tinkerbell.events.kinds import EnvironmentRecorded, Recorded, TenantConfigured
 from tinkerbell.events.rows import TenantRow
 from tinkerbell.events.store import EventStore
-from tinkerbell.types import ModelInfo, TenantId
+from tinkerbell.types import SYSTEM_TENANT, ModelInfo, TenantId
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 RETRY_SOON_S = 1.0
 """Advice while a server is starting."""
@@ -69,9 +74,10 @@ class Context:
     ) -> None:
         self.settings = settings
         self.store = store
-        self.gate = Gate(settings, store.queries)
-        self.waiter = FutureWaiter(store)
-        self.doorbell = Doorbell(store)
+        self.threads = Threads(settings.limits.max_waiting_reads)
+        self.gate = Gate(settings, store.queries, self.threads.gate)
+        self.waiter = FutureWaiter(store, self.read)
+        self.doorbell = Doorbell(store, self.read)
         self.in_flight = InFlight()
         self.stopping = asyncio.Event()
         """Set when the server is about to end: streams and long polls end by themselves."""
@@ -84,7 +90,7 @@ class Context:
 
     async def start(self) -> None:
         """Subscribe to the log."""
-        self._unsubscribe = await asyncio.to_thread(self.store.subscribe, self._learn)
+        self._unsubscribe = await self.read(SYSTEM_TENANT, self.store.subscribe, self._learn)
         await self.waiter.start()
         await self.doorbell.start()
 
@@ -97,6 +103,11 @@ class Context:
             self._unsubscribe()
         self.doorbell.stop()
         await self.waiter.stop()
+
+    async def read(self, tenant: TenantId, question: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """The answer to a question, which may block; asked in one of the tenant's threads. Raises what it raises,
+        TooManyRequests."""
+        return await self.threads.reads.run(tenant, question, *args, **kwargs)
 
     def failure(self) -> Exception | None:
         """Why this process's scheduler ended, if it did."""

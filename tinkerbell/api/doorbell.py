@@ -2,20 +2,23 @@
 pace."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.store import EventStore
-from tinkerbell.types import TenantId
+from tinkerbell.types import SYSTEM_TENANT, TenantId
 
 
 class Doorbell:
     """One subscription to the log for all streams of this process. Rings coalesce, so a slow stream costs
     nothing."""
 
-    def __init__(self, store: EventStore) -> None:
+    def __init__(self, store: EventStore, read: Callable[..., Awaitable[Any]]) -> None:
+        """`read`: as FutureWaiter has it."""
         self._store = store
+        self._read = read
         self._bells: dict[TenantId, set[asyncio.Event]] = {}
         self._unsubscribe: Callable[[], None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -23,7 +26,7 @@ class Doorbell:
     async def start(self) -> None:
         """Subscribe; the running loop is the one the bells ring in."""
         self._loop = asyncio.get_running_loop()
-        self._unsubscribe = await asyncio.to_thread(self._store.subscribe, self._heard)
+        self._unsubscribe = await self._read(SYSTEM_TENANT, self._store.subscribe, self._heard)
 
     def stop(self) -> None:
         """Unsubscribe and ring every bell a last time."""

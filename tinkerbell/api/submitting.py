@@ -117,7 +117,7 @@ class Submitting:
                 raise
             return accepted, held, place
 
-        preparing = asyncio.ensure_future(asyncio.to_thread(prepare))
+        preparing = asyncio.ensure_future(context.threads.submits.run(self._tenant, prepare))
         try:
             prepared = await asyncio.shield(preparing)
         except asyncio.CancelledError:

@@ -1,21 +1,25 @@
 """Waiting for the answer of a request, from asyncio: one subscription for a whole process."""
 
 import asyncio
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import msgspec
 
 from tinkerbell.events.kinds import Failed, Recorded, Result
 from tinkerbell.events.rows import FutureRow
 from tinkerbell.events.store import EventStore
+from tinkerbell.types import SYSTEM_TENANT
 
 
 class FutureWaiter:
     """Wakes waiters when the log has their answer. Used from one event loop; start it before waiting."""
 
-    def __init__(self, store: EventStore) -> None:
+    def __init__(self, store: EventStore, read: Callable[..., Awaitable[Any]]) -> None:
+        """`read`: calls something that may block for a tenant, in a thread: `await read(tenant, call, *args)`."""
         self._store = store
+        self._read = read
         self._waiting: dict[int, set[asyncio.Future[Recorded | None]]] = {}
         self._watching: dict[str, set[asyncio.Event]] = {}
         """By tenant."""
@@ -26,7 +30,7 @@ class FutureWaiter:
     async def start(self) -> None:
         """Subscribe to the log."""
         self._loop = asyncio.get_running_loop()
-        self._unsubscribe = await asyncio.to_thread(self._store.subscribe, self._on_events)
+        self._unsubscribe = await self._read(SYSTEM_TENANT, self._store.subscribe, self._on_events)
 
     async def stop(self) -> None:
         """Wake every waiter at once; from now on nobody waits."""
@@ -63,7 +67,7 @@ class FutureWaiter:
         # Registered before the row is read: an answer in between is not missed.
         self._waiting.setdefault(id, set()).add(answered)
         try:
-            row = await asyncio.to_thread(self._store.queries.future, tenant, id)
+            row = await self._read(tenant, self._store.queries.future, tenant, id)
             if row is None or row.state != "pending" or wait_s <= 0 or self._stopped:
                 return None if row is None else (row, None)
             done, _ = await asyncio.wait([answered], timeout=wait_s)

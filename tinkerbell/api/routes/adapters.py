@@ -1,7 +1,5 @@
 """Adapters: make, list, show, remove."""
 
-import asyncio
-
 from litestar import Router, delete, get, post
 from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
@@ -39,7 +37,7 @@ async def list_adapters(
     offset: Offset = 0,
 ) -> list[wire.Adapter]:
     """Removed and failed ones as well; `state` tells."""
-    rows = await asyncio.to_thread(context.store.queries.adapters, principal.tenant)
+    rows = await context.read(principal.tenant, context.store.queries.adapters, principal.tenant)
     return [views.adapter(row) for row in page(rows, limit, offset)]
 
 
@@ -55,7 +53,7 @@ async def show_adapter(
 ) -> wire.Adapter:
     """Its settings, state, steps taken and last loss."""
     queries = context.store.queries
-    row = await asyncio.to_thread(queries.adapter, principal.tenant, validation.adapter_id(adapter_id))
+    row = await context.read(principal.tenant, queries.adapter, principal.tenant, validation.adapter_id(adapter_id))
     if row is None:
         raise validation.no_adapter(adapter_id)
     return views.adapter(row)

@@ -1,6 +1,5 @@
 """Checkpoints: save, list, show, download, load."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -74,7 +73,7 @@ async def list_checkpoints_of_adapter(
             raise validation.no_adapter(adapter_id)
         return queries.checkpoints(principal.tenant, adapter_id)
 
-    return [views.checkpoint(row) for row in page(await asyncio.to_thread(read), limit, offset)]
+    return [views.checkpoint(row) for row in page(await context.read(principal.tenant, read), limit, offset)]
 
 
 @get(
@@ -91,13 +90,15 @@ async def list_checkpoints(
     offset: Offset = 0,
 ) -> list[wire.Checkpoint]:
     """Oldest first, of all adapters, also of removed ones."""
-    rows = await asyncio.to_thread(context.store.queries.checkpoints, principal.tenant)
+    rows = await context.read(principal.tenant, context.store.queries.checkpoints, principal.tenant)
     return [views.checkpoint(row) for row in page(rows, limit, offset)]
 
 
 async def _row(context: Context, principal: Principal, checkpoint_id: str) -> CheckpointRow:
     queries = context.store.queries
-    row = await asyncio.to_thread(queries.checkpoint, principal.tenant, validation.checkpoint_id(checkpoint_id))
+    row = await context.read(
+        principal.tenant, queries.checkpoint, principal.tenant, validation.checkpoint_id(checkpoint_id)
+    )
     if row is None or row.kind != "save":
         raise validation.no_checkpoint(checkpoint_id)
     return row
@@ -137,11 +138,11 @@ async def download_checkpoint(
     if optimizer and archive.OPTIMIZER not in files:
         raise InvalidRequest(f"Checkpoint {checkpoint_id} was kept without its optimizer.")
     # Before the first byte is sent, while there can be a problem instead.
-    await asyncio.to_thread(context.store.require_blobs, files.values())
+    await context.read(principal.tenant, context.store.require_blobs, files.values())
 
     async def chunks() -> AsyncIterator[bytes]:
         for name, digest in files.items():
-            content = await asyncio.to_thread(context.store.blob, digest)
+            content = await context.read(principal.tenant, context.store.blob, digest)
             for chunk in archive.entry(f"{row.id}/{name}", content, at_us=row.created_us):
                 yield chunk
         yield archive.END

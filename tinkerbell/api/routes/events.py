@@ -62,12 +62,12 @@ async def stream_events(
     stops or the key is revoked; reconnect with `Last-Event-ID`."""
     if adapter_id is not None:
         queries = context.store.queries
-        row = await asyncio.to_thread(queries.adapter, principal.tenant, validation.adapter_id(adapter_id))
+        row = await context.read(principal.tenant, queries.adapter, principal.tenant, validation.adapter_id(adapter_id))
         if row is None:
             raise validation.no_adapter(adapter_id)
     position = last_event_id if last_event_id is not None else after
     if position is None:
-        position = await asyncio.to_thread(context.store.head)
+        position = await context.read(principal.tenant, context.store.head)
     return ServerSentEvent(_follow(context, principal, position, adapter_id))
 
 
@@ -82,7 +82,9 @@ async def _follow(
             bell.clear()
             if not await context.gate.still_valid(principal):
                 return
-            page = await asyncio.to_thread(store.read, position, limit=_PAGE, tenant=principal.tenant, adapter=adapter)
+            page = await context.read(
+                principal.tenant, store.read, position, limit=_PAGE, tenant=principal.tenant, adapter=adapter
+            )
             for recorded in page:
                 if context.stopping.is_set():
                     return

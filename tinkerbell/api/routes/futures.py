@@ -1,6 +1,5 @@
 """Futures: what became of a request; by long poll."""
 
-import asyncio
 from typing import Annotated
 
 from litestar import Router, get
@@ -33,7 +32,7 @@ async def wait_for(context: Context, tenant: TenantId, future_id: int, wait_s: f
     if result is not None and "body" not in result.blobs:
         # It came with its answer: nothing is left to read.
         return _view(context, row, result)
-    return await asyncio.to_thread(_view, context, row, result)
+    return await context.read(tenant, _view, context, row, result)
 
 
 def _view(context: Context, row: FutureRow, result: Recorded | None) -> wire.Future:
@@ -73,7 +72,7 @@ async def list_futures(
     limit: Limit = 100,
 ) -> list[wire.Future]:
     """In the order they were accepted; the next page is `after` the last id."""
-    rows = await asyncio.to_thread(context.store.queries.pending, principal.tenant)
+    rows = await context.read(principal.tenant, context.store.queries.pending, principal.tenant)
     numbered = [(place, row) for place, row in enumerate(rows) if row.id > after]
     return [views.future(row, place=place) for place, row in numbered[:limit]]
 

@@ -1,8 +1,6 @@
 """Whether the server lives, whether it is ready, and its metrics: no key needed, nothing of any tenant
 told."""
 
-import asyncio
-
 from litestar import Response, Router, get
 from litestar.di import NamedDependency
 from litestar.openapi.datastructures import ResponseSpec
@@ -13,6 +11,7 @@ from tinkerbell import wire
 from tinkerbell.api.auth import PUBLIC
 from tinkerbell.api.context import Context
 from tinkerbell.errors import Unavailable
+from tinkerbell.types import SYSTEM_TENANT
 
 
 def _unavailable(container: type[wire.Health] | type[wire.Readiness], description: str) -> dict[int, ResponseSpec]:
@@ -53,7 +52,7 @@ async def readyz(context: NamedDependency[Context]) -> Response[wire.Readiness]:
     """Ready once an executor has come up and until the server stops, but for while an executor that died or hung is
     replaced: what is asked then waits for the new one. Where roles run apart, that is known to the scheduler's process
     only."""
-    reason = await asyncio.to_thread(_not_ready, context)
+    reason = await context.read(SYSTEM_TENANT, _not_ready, context)
     return Response(wire.Readiness(ready=not reason, reason=reason), status_code=503 if reason else 200)
 
 

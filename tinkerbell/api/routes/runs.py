@@ -1,6 +1,5 @@
 """Runs, usage, the queue and the model: what happened, what it cost, what waits, what is served."""
 
-import asyncio
 import time
 from pathlib import Path
 from typing import Annotated
@@ -52,7 +51,7 @@ async def list_runs(
         rows = page(context.store.queries.adapters(principal.tenant), limit, offset)
         return [_run(context, row, []) for row in rows]
 
-    return await asyncio.to_thread(read)
+    return await context.read(principal.tenant, read)
 
 
 @get("/runs/{adapter_id:str}", operation_id="show_run", summary="A run", tags=["runs"], responses=problems(404))
@@ -73,7 +72,7 @@ async def show_run(
         points = queries.run_points(principal.tenant, adapter_id, after_step, limit)
         return _run(context, row, [views.run_point(point) for point in points])
 
-    return await asyncio.to_thread(read)
+    return await context.read(principal.tenant, read)
 
 
 @get("/usage", operation_id="show_usage", summary="What was used", tags=["usage"], responses=problems())
@@ -82,7 +81,7 @@ async def show_usage(
 ) -> list[wire.UsageRow]:
     """By adapter and kind of request: tokens, and accelerator microseconds, which sum to the time it was
     busy."""
-    rows = await asyncio.to_thread(context.store.queries.usage, _scope(principal, all_tenants))
+    rows = await context.read(principal.tenant, context.store.queries.usage, _scope(principal, all_tenants))
     return [views.usage_row(row) for row in rows]
 
 
@@ -92,14 +91,14 @@ async def show_queue(
 ) -> wire.Queue:
     """Your own line."""
     tenant = _scope(principal, all_tenants)
-    return await asyncio.to_thread(_queue, context, tenant)
+    return await context.read(principal.tenant, _queue, context, tenant)
 
 
 @get("/models", operation_id="list_models", summary="What is served", tags=["models"], responses=problems(503))
-async def list_models(context: NamedDependency[Context]) -> list[ModelInfo]:
+async def list_models(context: NamedDependency[Context], principal: NamedDependency[Principal]) -> list[ModelInfo]:
     """The base model: vocabulary, longest sequence, LoRA targets, tokenizer. A tokenizer in a directory of the server
     is named only where callers are on its machine."""
-    model = await asyncio.to_thread(context.model)
+    model = await context.read(principal.tenant, context.model)
     if not context.gate.loopback and Path(model.tokenizer).is_absolute():
         model = msgspec.structs.replace(model, tokenizer="")
     return [model]

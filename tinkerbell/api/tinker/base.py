@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import msgspec
 
@@ -17,6 +18,9 @@ from tinkerbell.events import kinds
 from tinkerbell.events.queries import Queries
 from tinkerbell.events.rows import CheckpointRow, FutureRow, SamplerRow, SessionRow
 from tinkerbell.types import AdapterId, ModelInfo, SessionId, TenantId
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MAX_SMALL_BYTES = 65_536
 """Of a request that carries no data."""
@@ -100,7 +104,7 @@ class TinkerSubmitting(Submitting):
         try:
             recorded, _ = await self.submit(kind, validation.adapter_id(model_id), draft, path_id=model_id)
         except NotFound as exc:
-            raise await asyncio.to_thread(self._explained, exc, model_id) from exc
+            raise await self._context.read(self._tenant, self._explained, exc, model_id) from exc
         return m.Submitted(request_id=str(recorded.position), model_id=model_id)
 
     def _explained(self, exc: NotFound, model_id: AdapterId) -> NotFound:
@@ -120,10 +124,14 @@ class TinkerSubmitting(Submitting):
                 limit=MAX_SMALL_BYTES,
             )
 
+    async def _prepared(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What a call on the way into the log gives, which may block."""
+        return await self._context.threads.submits.run(self._tenant, call, *args, **kwargs)
+
     async def _write(self, *events: kinds.NewEvent) -> kinds.Recorded:
         """The last of them, which enter together."""
         loop = asyncio.get_running_loop()
-        return (await (await asyncio.to_thread(self._context.store.submit_from, loop, *events)))[-1]
+        return (await (await self._prepared(self._context.store.submit_from, loop, *events)))[-1]
 
     def _event(self, event: kinds.AnyEvent, key: str | None, session: SessionId | None = None) -> kinds.NewEvent:
         """One of the tenant's own stream; `key` makes it happen once, `session` must not have ended."""

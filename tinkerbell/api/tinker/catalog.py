@@ -1,6 +1,5 @@
 """Models and checkpoints of one tenant, as the REST routes show them."""
 
-import asyncio
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -77,4 +76,4 @@ class Catalog:
 
 async def ask(context: Context, principal: Principal, question: Callable[[Catalog], T]) -> T:
     """The answer to a question, from a thread."""
-    return await asyncio.to_thread(lambda: question(Catalog(context, principal)))
+    return await context.read(principal.tenant, lambda: question(Catalog(context, principal)))

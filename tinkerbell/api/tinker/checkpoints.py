@@ -1,7 +1,5 @@
 """Saving, loading, copying and changing checkpoints, as the tinker protocol asks for it."""
 
-import asyncio
-
 import msgspec
 
 from tinkerbell.api import idempotency, validation
@@ -133,7 +131,7 @@ class CheckpointSubmitting(TinkerSubmitting):
                     raise
                 return known
 
-        found = await asyncio.to_thread(made)
+        found = await self._prepared(made)
         recorded = found if isinstance(found, kinds.Recorded) else await self._write(*found)
         assert isinstance(recorded.event, kinds.CheckpointCopied) and recorded.adapter is not None
         return names.Path(recorded.adapter, recorded.event.use, recorded.event.name)

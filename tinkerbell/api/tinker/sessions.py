@@ -1,6 +1,5 @@
 """Sessions from their beginning to their end, and keys that are given back."""
 
-import asyncio
 import time
 
 from litestar.exceptions import HTTPException
@@ -42,7 +41,7 @@ class SessionSubmitting(TinkerSubmitting):
         """
         expiry_s = self._context.settings.session_expiry_s
         try:
-            row = await asyncio.to_thread(self._living_session, id)
+            row = await self._context.read(self._tenant, self._living_session, id)
             if expiry_s is not None and time.time_ns() // 1000 - row.heard_us > expiry_s * 1e6 / SIGNS_OF_LIFE:
                 # By its key: of many that come at once, one is written.
                 key = f"tinker:heard:{row.id}:{row.heard_us}"
@@ -60,7 +59,7 @@ class SessionSubmitting(TinkerSubmitting):
             who = {"actor": caller.principal.key_id, "correlation": caller.correlation}
             end(store, self._tenant, row.id, reason, detail, **who)
 
-        await asyncio.to_thread(finish)
+        await self._prepared(finish)
 
     async def revoke_key(self, key_id: str) -> None:
         """A key of the caller's."""

@@ -5,8 +5,6 @@ gives the request of the first time. Requests run in the order in which they arr
 another, but for the chunks of one forward_backward, whose gradients add in any order.
 """
 
-import asyncio
-
 from tinkerbell.api import validation
 from tinkerbell.api.submitting import Draft
 from tinkerbell.api.tinker import codec, names, sampling
@@ -107,13 +105,13 @@ class TinkerSubmitter(CheckpointSubmitting, SessionSubmitting):
                 raise InvalidRequest("create_sampling_session needs base_model or model_path.")
             return self._sampler_event(kinds.SamplerCreated(sampler=sampler, session=session, checkpoint=checkpoint))
 
-        await self._write(await asyncio.to_thread(made))
+        await self._write(await self._prepared(made))
         return sampler
 
     async def sample(self, body: m.Asample) -> m.Submitted:
         """Continuations of a prompt with a sampler's weights, which an adapter of the sampler's name holds."""
         sampler = body.sampling_session_id
-        row = await asyncio.to_thread(self.sampler, sampler)
+        row = await self._prepared(self.sampler, sampler)
         tensor = body.target_prompt_logprobs
         sparse = tensor is not None and tensor.sparse_crow_indices is not None
 
@@ -146,12 +144,12 @@ class TinkerSubmitter(CheckpointSubmitting, SessionSubmitting):
 
     async def join_sampler(self, sampler: SamplerId) -> int:
         """A number that no other client of the sampler has."""
-        row = await asyncio.to_thread(self.sampler, sampler)
+        row = await self._prepared(self.sampler, sampler)
         return (await self._write(self._event(kinds.SamplerJoined(sampler=row.id), None, row.session))).position
 
     async def cancel_sample(self, text: str) -> None:
         """The scheduler is told, unless it was or the answer is there."""
-        row = await asyncio.to_thread(self.request, text)
+        row = await self._prepared(self.request, text)
         if row.kind != "sample":
             raise InvalidRequest(f"The request {text!r} is of kind {row.kind}; only samples can be cancelled.")
         if row.state == "pending":

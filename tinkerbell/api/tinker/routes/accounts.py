@@ -1,6 +1,5 @@
 """What a tenant used and did, and the key it came with, from the views that `/v1` and auditors read."""
 
-import asyncio
 from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any, Literal
 
@@ -62,13 +61,13 @@ async def list_usage(
         named = {event["session_id"] for event in events}
         return {"data": events, "sessions": {id: session for id, session in sessions.items() if id in named}}
 
-    return await asyncio.to_thread(read)
+    return await context.read(principal.tenant, read)
 
 
 @get("/billing/usage/checkpoints/current")
 async def show_storage(context: NamedDependency[Context], principal: NamedDependency[Principal]) -> dict[str, Any]:
     """How much the tenant's checkpoints hold."""
-    rows = await asyncio.to_thread(context.store.queries.checkpoints, principal.tenant)
+    rows = await context.read(principal.tenant, context.store.queries.checkpoints, principal.tenant)
     sizes = [row.num_bytes for row in rows if row.is_usable(now_us())]
     held = {"checkpoint_count": len(sizes), "size_bytes": sum(sizes), "size_gigabytes": sum(sizes) / GIGABYTE}
     return {"data": [{"user_name": principal.tenant, **held}] if sizes else []}
@@ -84,7 +83,9 @@ async def show_audit_log(
     """Who did what on a day: the tenant's own log without the requests that carry data."""
     begin = datetime.combine(day or datetime.now(UTC).date(), datetime.min.time(), UTC)
     types = AUDITED[event_type]
-    entries = await asyncio.to_thread(_entries, context.store, principal.tenant, types, begin) if types else []
+    entries = (
+        await context.read(principal.tenant, _entries, context.store, principal.tenant, types, begin) if types else []
+    )
     return {"entries": entries}
 
 
@@ -93,7 +94,7 @@ async def show_key(context: NamedDependency[Context], principal: NamedDependency
     """The key this was asked with; a server without keys knows one user only."""
     row = None
     if principal.key_id is not None:
-        row = await asyncio.to_thread(context.store.queries.key, principal.key_id)
+        row = await context.read(principal.tenant, context.store.queries.key, principal.key_id)
     return {
         # The SDK expects a number. Keys are told apart by their names.
         "key_id": 0 if row is None else row.created_us,

@@ -1,6 +1,5 @@
 """Checkpoints: what is there, how long it stays, where to fetch it."""
 
-import asyncio
 import time
 from typing import Any
 
@@ -22,7 +21,7 @@ from tinkerbell.api.tinker.dependencies import Submit
 from tinkerbell.api.views import rfc3339
 from tinkerbell.errors import InvalidRequest, NotFound
 from tinkerbell.events.rows import CheckpointRow
-from tinkerbell.types import TARGET_PRESETS
+from tinkerbell.types import SYSTEM_TENANT, TARGET_PRESETS
 
 
 @get("/training_runs/{run_id:str}/checkpoints")
@@ -113,21 +112,22 @@ async def external_weights_urls(
             for file in files
         }
 
-    return {"urls": await asyncio.to_thread(read), "expires": rfc3339(expires_s * 1_000_000)}
+    return {"urls": await context.read(checkpoint.tenant, read), "expires": rfc3339(expires_s * 1_000_000)}
 
 
 @get("/downloads/{ticket:str}", opt=PUBLIC)
 async def download(ticket: FromPath[str], context: NamedDependency[Context]) -> Response[bytes]:
     """A file of a checkpoint."""
 
+    found = await context.threads.gate.run(SYSTEM_TENANT, downloads.redeem, context.store, ticket)
+
     def read() -> bytes:
-        found = downloads.redeem(context.store, ticket)
         row = context.store.queries.checkpoint(found.tenant, found.checkpoint)
         if row is None or not row.is_usable(now_us()):
             raise NotFound("There is no such download.")
         return context.store.blob(archive.files_of(row, with_optimizer=False)[found.file])
 
-    return Response(await asyncio.to_thread(read), media_type="application/octet-stream")
+    return Response(await context.read(found.tenant, read), media_type="application/octet-stream")
 
 
 @post("/weights_info", status_code=200)

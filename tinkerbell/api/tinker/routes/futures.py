@@ -37,7 +37,7 @@ async def retrieve_future(
     row, result = found
     if row.state == "pending":
         return Response(m.TryAgain(request_id=data.request_id), status_code=408)
-    answer = await asyncio.to_thread(_answer, context, row, result)
+    answer = await context.read(principal.tenant, _answer, context, row, result)
     if isinstance(answer, bytes):
         return Response(answer, media_type=codec.MEDIA_TYPE)
     return Response(msgspec.json.encode(answer), media_type="application/json")
@@ -52,14 +52,14 @@ async def retrieve_futures(
 ) -> m.Completions:
     """Which samples of a sampling session were answered since the cursor, as soon as any were; with none, an empty list
     after half a minute or `timeout`. Answers stay where they are: `retrieved_request_ids` needs no reply."""
-    sampler = await asyncio.to_thread(submit(None).sampler, data.target.sampling_session_id)
+    sampler = await context.read(principal.tenant, submit(None).sampler, data.target.sampling_session_id)
     key = f"tinker:{sampler.id}:"
     loop = asyncio.get_running_loop()
     deadline = loop.time() + (HOLD_S if data.timeout is None else min(data.timeout, HOLD_S))
     cursor = data.prev_cursor
     if cursor == 0:
         # What came before the sampler is none of its answers.
-        made = await asyncio.to_thread(context.store.original, principal.tenant, f"tinker:{sampler.id}")
+        made = await context.read(principal.tenant, context.store.original, principal.tenant, f"tinker:{sampler.id}")
         cursor = made.recorded.position if made is not None else 0
 
     def read() -> tuple[list[AnsweredRow], int]:
@@ -70,7 +70,7 @@ async def retrieve_futures(
     with context.waiter.watching(principal.tenant) as answered:
         while True:
             answered.clear()
-            rows, cursor = await asyncio.to_thread(read)
+            rows, cursor = await context.read(principal.tenant, read)
             found = [row for row in rows if _client_of(row, key) == data.target.cloned_sampler_id]
             left_s = deadline - loop.time()
             if found or left_s <= 0 or context.waiter.stopped:

@@ -1,6 +1,5 @@
 """Training runs and sessions: what is there."""
 
-import asyncio
 from typing import Any
 
 from litestar import Router, get, post, put
@@ -46,7 +45,7 @@ async def list_sessions(
     context: NamedDependency[Context], principal: NamedDependency[Principal], limit: Limit = 20, offset: Offset = 0
 ) -> dict[str, Any]:
     """Newest first."""
-    rows = await asyncio.to_thread(context.store.queries.sessions, principal.tenant)
+    rows = await context.read(principal.tenant, context.store.queries.sessions, principal.tenant)
     return {"sessions": [row.id for row in page(rows, limit, offset)]}
 
 
@@ -55,7 +54,7 @@ async def search_sessions(
     data: JSONBody[m.SearchSessions], context: NamedDependency[Context], principal: NamedDependency[Principal]
 ) -> dict[str, Any]:
     """Newest first."""
-    return await asyncio.to_thread(session_search.search, context.store, principal.tenant, data)
+    return await context.read(principal.tenant, session_search.search, context.store, principal.tenant, data)
 
 
 @get("/sessions/{session_id:str}")
@@ -84,18 +83,24 @@ async def show_session(
 async def assign_project(
     session_id: FromPath[str],
     data: JSONBody[m.AssignProject],
+    context: NamedDependency[Context],
     principal: NamedDependency[Principal],
     submit: NamedDependency[Submit],
 ) -> None:
     """A tenant is one project, and every session of it lies there."""
-    await asyncio.to_thread(submit(None).session, session_id)
+    await context.read(principal.tenant, submit(None).session, session_id)
     check_project(data.project_id, principal.tenant)
 
 
 @get("/sessions/{session_id:str}/trace_export")
-async def export_trace(session_id: FromPath[str], submit: NamedDependency[Submit]) -> dict[str, str]:
+async def export_trace(
+    session_id: FromPath[str],
+    context: NamedDependency[Context],
+    principal: NamedDependency[Principal],
+    submit: NamedDependency[Submit],
+) -> dict[str, str]:
     """No trace is made: says where the same is found."""
-    await asyncio.to_thread(submit(None).session, session_id)
+    await context.read(principal.tenant, submit(None).session, session_id)
     return {
         "status": "failed",
         "error": "This server makes no Perfetto traces. When each request came, ran and was answered is in its log:"

@@ -1,6 +1,5 @@
 """Samplers, and sampling from them."""
 
-import asyncio
 from typing import Any
 
 from litestar import Router, get, post
@@ -42,7 +41,7 @@ async def show_sampler(
                 found["model_path"] = str(path_of(checkpoint))
         return found
 
-    return await asyncio.to_thread(read)
+    return await context.read(principal.tenant, read)
 
 
 @post("/join_sampling_session", status_code=200)

@@ -1,13 +1,12 @@
 """Configuration of clients, capabilities, sessions, telemetry."""
 
-import asyncio
 from typing import Any
 
 from litestar import Router, get, post
 from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
 
-from tinkerbell.api.auth import PUBLIC
+from tinkerbell.api.auth import PUBLIC, Principal
 from tinkerbell.api.context import Context
 from tinkerbell.api.requests import ApiRequest
 from tinkerbell.api.tinker import messages as m
@@ -53,9 +52,9 @@ async def healthz() -> dict[str, str]:
 
 
 @get("/get_server_capabilities")
-async def capabilities(context: NamedDependency[Context]) -> dict[str, Any]:
+async def capabilities(context: NamedDependency[Context], principal: NamedDependency[Principal]) -> dict[str, Any]:
     """The one model, under each of its names."""
-    model = await asyncio.to_thread(context.model)
+    model = await context.read(principal.tenant, context.model)
     return {
         "supported_models": [
             {"model_name": name, "max_context_length": model.max_length, "trainable": True, "sampleable": True}

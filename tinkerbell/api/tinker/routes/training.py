@@ -1,6 +1,5 @@
 """Models: make, train, save, load."""
 
-import asyncio
 from typing import Any
 
 from litestar import Router, post
@@ -31,10 +30,10 @@ async def get_info(
 ) -> dict[str, Any]:
     """What a model is."""
     queries = context.store.queries
-    row = await asyncio.to_thread(queries.adapter, principal.tenant, validation.adapter_id(data.model_id))
+    row = await context.read(principal.tenant, queries.adapter, principal.tenant, validation.adapter_id(data.model_id))
     if row is None:
         raise validation.no_adapter(data.model_id)
-    model = await asyncio.to_thread(context.model)
+    model = await context.read(principal.tenant, context.model)
     name = base_model(model)
     return {
         "type": "get_info",
@@ -61,7 +60,9 @@ async def forward_backward(
     raw = await request.body()
     encoding = request.headers.get("content-encoding", "identity")
     if encoding == "zstd":
-        raw = await asyncio.to_thread(codec.decompress, raw, context.settings.limits.max_body_bytes)
+        raw = await context.threads.submits.run(
+            request.user.tenant, codec.decompress, raw, context.settings.limits.max_body_bytes
+        )
     elif encoding != "identity":
         raise HTTPException(status_code=415, detail=f"The content-encoding {encoding!r} is not zstd.")
     body = codec.forward_backward(raw)
