@@ -2,6 +2,7 @@
 
 import os
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +32,25 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_body_bytes: Count = 48 * 1024 * 1024
     max_waiting_reads: Count = 256
     """Reads of one tenant that wait for a thread; long polls and streams that wait for the log are none."""
+
+
+class Http(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What connections may take of the server."""
+
+    max_connections: Count = 4096
+    """In all. Fewer where the process may not open as many files; one that rests is ended for a new one."""
+    max_connections_per_address: Count | None = None
+    """From one address; None: half of all."""
+    max_head_bytes: Annotated[int, Meta(ge=1024, le=2**24)] = 64 * 1024
+    """Of a request: its URL and headers."""
+    head_timeout_s: Annotated[float, Meta(gt=0, le=86400)] = 20.0
+    """For the head of a request to come, and the first one of a connection to begin."""
+    idle_timeout_s: Annotated[float, Meta(gt=0, le=86400)] = 75.0
+    """A connection between two requests is kept for so long: clients poll."""
+    transfer_grace_s: Annotated[float, Meta(gt=0, le=86400)] = 30.0
+    """A body that comes, or an answer that is taken, may stand still for so long,"""
+    min_bytes_per_s: Annotated[float, Meta(gt=0)] = 16384.0
+    """and must move at this rate on the average."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -90,6 +110,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """An executor process is killed and started again when it gives no sign of life for so long, or when what it is
     busy with comes no further: a batch may stand still for three times its estimate longer."""
     limits: Limits = Limits()
+    http: Http = Http()
 
     @property
     def url(self) -> str:
@@ -111,6 +132,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return Path(self.key_file) if self.key_file is not None else Path(self.data_dir) / "encryption.key"
 
 
+SECTIONS: dict[str, type[msgspec.Struct]] = {"limits": Limits, "http": Http}
+"""Tables of the file of settings."""
+
+
 def normalise_url(url: str) -> str:
     """postgres:// and postgresql:// mean the psycopg driver; everything else is taken as it is."""
     for prefix in ("postgres://", "postgresql://"):
@@ -127,10 +152,17 @@ def name_and_value(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _from_environment(kind: type[msgspec.Struct], prefix: str, without: Collection[str] = ()) -> dict[str, str]:
+    """Fields that have a variable."""
+    names = {field.name: prefix + field.name.upper() for field in msgspec.structs.fields(kind)}
+    return {name: os.environ[key] for name, key in names.items() if key in os.environ and name not in without}
+
+
 def load_settings(path: Path | None = None, **overrides: Any) -> Settings:
     """Settings from the TOML file (if any), the environment and `overrides` (None means not given).
 
-    Variables are TINKERBELL_<FIELD>, limits TINKERBELL_LIMITS_<FIELD>. Raises InvalidRequest naming the field.
+    Variables are TINKERBELL_<FIELD>, those of a section TINKERBELL_LIMITS_<FIELD>, TINKERBELL_HTTP_<FIELD>. Raises
+    InvalidRequest naming the field.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -138,16 +170,10 @@ def load_settings(path: Path | None = None, **overrides: Any) -> Settings:
             values = tomllib.loads(path.read_text())
         except (OSError, tomllib.TOMLDecodeError) as exc:
             raise InvalidRequest(f"settings file {path}: {exc}") from exc
-    for field in msgspec.structs.fields(Settings):
-        name = f"TINKERBELL_{field.name.upper()}"
-        if field.name != "limits" and name in os.environ:
-            values[field.name] = os.environ[name]
-    limits: dict[str, Any] = dict(values.get("limits", {}))
-    for field in msgspec.structs.fields(Limits):
-        name = f"TINKERBELL_LIMITS_{field.name.upper()}"
-        if name in os.environ:
-            limits[field.name] = os.environ[name]
-    values["limits"] = limits
+    values.update(_from_environment(Settings, "TINKERBELL_", without=SECTIONS))
+    for name, section in SECTIONS.items():
+        if isinstance(given := values.get(name, {}), dict):
+            values[name] = given | _from_environment(section, f"TINKERBELL_{name.upper()}_")
     if isinstance(pairs := values.get("executor_options"), str):
         values["executor_options"] = dict(map(name_and_value, filter(None, pairs.split(","))))
     values.update({key: value for key, value in overrides.items() if value is not None})

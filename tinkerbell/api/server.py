@@ -1,21 +1,27 @@
 """Serving the app with uvicorn: one process, and an end within seconds whoever is still listening."""
 
+import asyncio
+import math
 import signal
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 import uvicorn
 from litestar import Litestar
 
+from tinkerbell.api import descriptors
 from tinkerbell.api.auth import is_loopback
+from tinkerbell.api.connection import Connection
+from tinkerbell.api.connections import Connections
 from tinkerbell.api.context import Context
 from tinkerbell.errors import InvalidRequest, ServerError
 
 GRACE_S = 3
 """Requests that are still running after this long are cut off."""
 
-KEEP_ALIVE_S = 75
-"""An idle connection is kept this long: clients poll."""
+CHECK_S = 1.0
+"""How often connections are looked at that may have waited too long."""
 
 
 class ApiServer(uvicorn.Server):
@@ -30,6 +36,11 @@ class ApiServer(uvicorn.Server):
         on_started: Callable[[str], None] | None = None,
         on_stopping: Callable[[], None] | None = None,
     ) -> None:
+        self._context: Context = app.state.context
+        limits = self._context.settings.http
+        most = descriptors.most_connections(limits.max_connections)
+        self._crowd = Connections(most, limits.max_connections_per_address or max(most // 2, 1))
+        self._checked_s: float | None = None
         super().__init__(
             uvicorn.Config(
                 app,
@@ -40,11 +51,12 @@ class ApiServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                timeout_keep_alive=KEEP_ALIVE_S,
+                http=partial(Connection, limits=limits, crowd=self._crowd),  # type: ignore[arg-type]
+                ws="none",
+                timeout_keep_alive=math.ceil(limits.idle_timeout_s),
                 timeout_graceful_shutdown=GRACE_S,
             )
         )
-        self._context: Context = app.state.context
         self._on_started = on_started
         self._on_stopping = on_stopping
         self.url = ""
@@ -60,6 +72,16 @@ class ApiServer(uvicorn.Server):
         self.url = f"http://{host}:{address[1]}"
         if self._on_started is not None:
             self._on_started(self.url)
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn's ten times a second: now and then look for connections that take too long."""
+        now_s = asyncio.get_running_loop().time()
+        if self._checked_s is None or now_s - self._checked_s >= CHECK_S:
+            passed_s = CHECK_S if self._checked_s is None else now_s - self._checked_s
+            self._checked_s = now_s
+            # A loop that was busy did not read what had come; that is not the clients' time.
+            self._crowd.check(min(passed_s, 2 * CHECK_S), now_s)
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
         """uvicorn runs the lifespan's end only after the last connection, so whoever waits is woken here."""

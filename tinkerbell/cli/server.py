@@ -14,6 +14,7 @@ from typing import NoReturn
 import click
 import msgspec
 
+from tinkerbell.api import descriptors
 from tinkerbell.api.app import create_app
 from tinkerbell.api.auth import is_loopback
 from tinkerbell.api.server import serve_api
@@ -66,6 +67,7 @@ class Server:
             raise SystemExit(128 + exc.args[0]) from None
 
     def _run(self) -> None:
+        descriptors.raise_limit()
         if prepare(self._settings):
             log.info("made the tables of an empty database", extra={"database": shown(self._settings.url)})
         self._store = EventStore.open(self._settings)
