@@ -1,6 +1,5 @@
 """A server whose process may open few files, and sockets that take all of them: what was accepted still runs."""
 
-import resource
 import socket
 import subprocess
 import sys
@@ -20,12 +19,21 @@ class FewFiles(ServerProcess):
         self.data_dir.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tinkerbell", "serve", *self._arguments],
+                [
+                    "sh",
+                    "-c",
+                    f'ulimit -n {FILES}; ulimit -Sn {FILES // 2}; exec "$@"',
+                    "sh",
+                    sys.executable,
+                    "-m",
+                    "tinkerbell",
+                    "serve",
+                    *self._arguments,
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=self._environment,
-                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (FILES // 2, FILES)),
             )
 
 
