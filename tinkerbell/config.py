@@ -94,7 +94,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Recovery points: at most this many optimizer steps are executed again after a crash,"""
     checkpoint_every_s: Annotated[float, Meta(gt=0)] | None = 300.0
     """and none that was taken longer ago than so many seconds; None: steps alone decide. A point costs about what its
-    bytes take to hash and write, three times the adapter's weights: often is dear where steps are fast."""
+    bytes take to hash and write, three times the adapter's weights: often is dear where steps are fast. Points that are
+    due together come one after another, so some later than these two say."""
+    max_saving_bytes: Count = 256 * 1024 * 1024
+    """Of adapters' states on their way to the blob store, which are in memory until they are there: recovery points and
+    saves that would be more wait. One alone may be larger."""
     durability: Literal["full", "relaxed"] = "full"
     """relaxed: the last commits may be lost with the machine's power, never with a process; shown in /healthz."""
     encryption: Literal["on", "off"] = "on"

@@ -17,6 +17,7 @@
     │   └── TooManyRequests            429  carries retry_after_s and place
     └── ServerError                    whoever runs the server can mend it (category server)
         ├── Unavailable                503
+        │   └── StorageUnavailable          the disk is full, or the like
         ├── SchemaOutdated                  the database needs `tinkerbell db upgrade`
         ├── KeyUnavailable                  the key file is missing or another one
         ├── MissingPackage                  names the install command
@@ -151,6 +152,12 @@ class Unavailable(ServerError):
 
     slug = "unavailable"
     status = 503
+
+
+class StorageUnavailable(Unavailable):
+    """The server cannot store this for now."""
+
+    slug = "storage-unavailable"
 
 
 class SchemaOutdated(ServerError):

@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from tinkerbell.config import Settings
-from tinkerbell.errors import Corrupt, SchemaOutdated, Unavailable
+from tinkerbell.errors import Corrupt, SchemaOutdated, StorageUnavailable, Unavailable
 from tinkerbell.events import check, codec, outcomes, reading, schema, seals
 from tinkerbell.events.blobs import BlobStore
 from tinkerbell.events.check import CheckReport
@@ -127,7 +127,7 @@ class EventStore:
             refs = {name: BlobRef(self._blobs.put(data), len(data)) for name, data in prepared.blobs.items()}
         except OSError as exc:
             log.error("the blob store did not take a write: %s", exc)
-            raise Unavailable("the blob store did not take the write") from exc
+            raise StorageUnavailable("the blob store did not take the write") from exc
         return Item(codec.without_bulk(prepared), refs)
 
     # ---- read ------------------------------------------------------------------------------------------------------

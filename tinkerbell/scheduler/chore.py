@@ -5,6 +5,7 @@ import logging
 from abc import ABC, abstractmethod
 
 from tinkerbell.errors import TinkerbellError
+from tinkerbell.scheduler import metrics
 
 log = logging.getLogger("tinkerbell.scheduler")
 
@@ -33,11 +34,16 @@ class Chore(ABC):
             try:
                 await asyncio.to_thread(self.do, self._every_s)
             except TinkerbellError as exc:
+                self._count()
                 log.warning("%s detail=%s", self.put_off, exc)
             except Exception:
                 # Nobody waits for this task: it would end unseen, and with it the chore until the next leader.
+                self._count()
                 log.exception(self.put_off)
             await asyncio.sleep(min(max(self._every_s / PARTS, SHORTEST_PAUSE_S), LONGEST_PAUSE_S))
+
+    def _count(self) -> None:
+        metrics.CHORE_FAILURES.labels(type(self).__name__).inc()
 
     @abstractmethod
     def do(self, every_s: float) -> None:

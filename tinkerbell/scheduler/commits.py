@@ -1,13 +1,26 @@
-"""The leader's writes: in order, off the event loop, and fatal to the leadership when one is refused."""
+"""The leader's writes: in order, off the event loop, and fatal to the leadership when one is refused.
+
+What brings large blobs is written beside the others. A blob store that takes none for now refuses nobody: such writes
+are tried again, and only what waits for them waits.
+"""
 
 import asyncio
 import concurrent.futures
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from tinkerbell.errors import Fenced, StorageUnavailable
 from tinkerbell.events.kinds import NewEvent, Recorded
 from tinkerbell.events.store import EventStore
+from tinkerbell.scheduler import metrics
+from tinkerbell.scheduler.host import wait_for
+
+log = logging.getLogger("tinkerbell.scheduler")
 
 _MOST_IN_FLIGHT = 8
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 10.0
 
 Written = asyncio.Future[list[Recorded]]
 
@@ -25,26 +38,51 @@ class Commits:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="scheduler-commits")
         self._blob_thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="scheduler-blobs")
         self._in_order: set[asyncio.Task[None]] = set()
-        self._apart: set[asyncio.Task[None]] = set()
+        self._apart: dict[asyncio.Task[Any], int] = {}
+        """Bytes of blobs of what is written beside the others."""
+        self._first_attempts: set[asyncio.Future[None]] = set()
+        self._over = asyncio.Event()
         self._failure: Exception | None = None
 
     def submit(self, *events: NewEvent) -> None:
         """Write the events together, after everything submitted before."""
         loop = asyncio.get_running_loop()
         submitted = loop.run_in_executor(self._thread, self._submit, loop, events)
-        self._track(self._in_order, asyncio.create_task(self._finish(submitted)))
+        task = asyncio.create_task(self._finish(submitted))
+        self._in_order.add(task)
+        task.add_done_callback(self._in_order.discard)
 
-    def submit_apart(self, *events: NewEvent) -> asyncio.Task[None]:
-        """Write events with large blobs together, after everything submitted before is durable. What is
-        submitted later does not wait for them."""
-        task = asyncio.create_task(self._write_apart(set(self._in_order), events))
-        self._track(self._apart, task)
+    def submit_apart(self, *events: NewEvent) -> "asyncio.Task[None]":
+        """Write events with large blobs together, after everything submitted before is durable, however long the blob
+        store takes none. What is submitted later does not wait for them."""
+        tried: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._first_attempts.add(tried)
+        tried.add_done_callback(self._first_attempts.discard)
+        task = asyncio.create_task(self._insist(set(self._in_order), events, tried))
+        self._keep_apart(task, events)
+        return task
+
+    def offer(self, event: NewEvent) -> "asyncio.Task[Exception | None]":
+        """Write an event that the log can do without, once, after everything submitted before is durable. The task
+        gives what went wrong; only a lost lease ends the leadership."""
+        task = asyncio.create_task(self._try(set(self._in_order), event))
+        self._keep_apart(task, [event])
         return task
 
     @property
     def failed(self) -> bool:
         """Whether nothing more is written."""
         return self._failure is not None
+
+    @property
+    def num_bytes_apart(self) -> int:
+        """Bytes of blobs on their way, which are in memory until they are written."""
+        return sum(self._apart.values())
+
+    async def one_less_apart(self) -> None:
+        """Wait until one of those that are written beside the others is written, or there is none."""
+        if self._apart:
+            await asyncio.wait(self._apart, return_when=asyncio.FIRST_COMPLETED)
 
     async def room(self) -> None:
         """Wait while too much is on its way. Raises what made a write fail."""
@@ -53,8 +91,9 @@ class Commits:
         self.check()
 
     async def settle(self) -> None:
-        """Wait until everything is durable. Raises what made a write fail."""
-        while tasks := self._in_order | self._apart:
+        """Wait until everything is durable but what is only offered, and what the blob store does not take: that holds
+        up nobody else. Raises what made a write fail."""
+        while tasks := self._in_order | self._first_attempts:
             await asyncio.wait(tasks)
         self.check()
 
@@ -67,27 +106,66 @@ class Commits:
         """Write nothing more: a write was refused, or the lease is lost."""
         if self._failure is None:
             self._failure = exc
+            self._over.set()
             self._on_failure()
 
     def close(self) -> None:
         """Writes on their way are left to the store."""
+        self._over.set()
         self._thread.shutdown(wait=False)
         self._blob_thread.shutdown(wait=False)
 
-    def _track(self, tasks: set[asyncio.Task[None]], task: asyncio.Task[None]) -> None:
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
+    def _keep_apart(
+        self, task: "asyncio.Task[None] | asyncio.Task[Exception | None]", events: Sequence[NewEvent]
+    ) -> None:
+        self._apart[task] = sum(len(data) for event in events for data in event.blobs.values())
+        task.add_done_callback(lambda done: self._apart.pop(done, None))
 
     def _submit(self, loop: asyncio.AbstractEventLoop, events: tuple[NewEvent, ...]) -> Written | None:
         return None if self._failure is not None else self._store.submit_from(loop, *events)
 
-    async def _write_apart(self, before: set[asyncio.Task[None]], events: tuple[NewEvent, ...]) -> None:
-        if before:
-            await asyncio.wait(before)
-        if self._failure is not None:
-            return
+    async def _write_apart(self, events: tuple[NewEvent, ...]) -> None:
         loop = asyncio.get_running_loop()
-        await self._finish(loop.run_in_executor(self._blob_thread, self._submit, loop, events))
+        written = await loop.run_in_executor(self._blob_thread, self._submit, loop, events)
+        if written is not None:
+            await written
+
+    async def _insist(
+        self, before: set[asyncio.Task[None]], events: tuple[NewEvent, ...], tried: asyncio.Future[None]
+    ) -> None:
+        pause_s = FIRST_PAUSE_S
+        try:
+            if before:
+                await asyncio.wait(before)
+            while not self._over.is_set():
+                try:
+                    await self._write_apart(events)
+                except StorageUnavailable as exc:
+                    metrics.STORAGE_REFUSALS.inc()
+                    log.error("the blob store takes no results, tried again in %g s detail=%s", pause_s, exc)
+                else:
+                    return
+                if not tried.done():
+                    tried.set_result(None)
+                await wait_for(self._over, pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the leadership ends with it
+            self.fail(exc)
+        finally:
+            if not tried.done():
+                tried.set_result(None)
+
+    async def _try(self, before: set[asyncio.Task[None]], event: NewEvent) -> Exception | None:
+        try:
+            if before:
+                await asyncio.wait(before)
+            await self._write_apart((event,))
+        except Fenced as exc:
+            self.fail(exc)
+            return exc
+        except Exception as exc:  # noqa: BLE001 - whoever offered it decides
+            return exc
+        return self._failure
 
     async def _finish(self, submitted: "asyncio.Future[Written | None]") -> None:
         try:

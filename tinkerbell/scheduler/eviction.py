@@ -23,24 +23,34 @@ class Eviction:
         self._most_adapters = most_adapters
         self._idle_s = math.inf if idle_s is None else idle_s
 
-    async def make_room(self, link: ExecutorLink, pending: Pending) -> None:
+    async def make_room(self, link: ExecutorLink, pending: Pending) -> bool:
         """Let adapters go that were idle for `idle_s`, and others until at most `most_adapters` are left, if so many
-        are idle.
+        are idle; whether the executor was needed for it.
 
-        One with steps that no checkpoint holds gets a recovery point first. Gradients since its last step are not in
-        it: they are computed again from the log when the adapter is wanted. Raises ExecutorDied.
+        One with steps that no checkpoint holds gets a recovery point first, and stays until that is written: at most
+        one is taken here. Gradients since its last step are not in it: they are computed again from the log when the
+        adapter is wanted. Raises ExecutorDied.
         """
         excess = len(self._residency) - self._most_adapters
         by_use = self._residency.by_use()
         forgotten_s = time.monotonic() - self._idle_s
         if excess <= 0 and not (by_use and by_use[0].used_s <= forgotten_s):
-            return
-        idle = [r for r in by_use if pending.queue(r.tenant, r.adapter) is None]
-        for n, resident in enumerate(idle):
-            if n >= excess and resident.used_s > forgotten_s:
-                return
+            return False
+        did = False
+        for resident in by_use:
+            if excess <= 0 and resident.used_s > forgotten_s:
+                break
+            if pending.queue(resident.tenant, resident.adapter) is not None:
+                continue
             if resident.steps_ahead:
-                await self._checkpoints.write(link, resident)
+                if not did:
+                    did = await self._checkpoints.write_now(link, resident)
+                # It leaves as soon as that is written; where it cannot be written another has to.
+                excess -= resident.point_on_its_way
+                continue
             await link.remove(resident.adapter)
             self._residency.forget(resident.adapter)
+            excess -= 1
+            did = True
             log.info("adapter evicted adapter=%s step=%d", resident.adapter, resident.step)
+        return did

@@ -2,7 +2,11 @@
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
+import msgspec
+
+from tinkerbell.events.codec import INLINE_BYTES
 from tinkerbell.events.kinds import AnyEvent, BatchPlanned, BatchRan, CheckpointWritten, NewEvent
 from tinkerbell.events.leases import Lease
 from tinkerbell.scheduler import results
@@ -44,10 +48,10 @@ class Journal:
         self._due()
 
     def ran(self, event: BatchRan, answers: Sequence[Answer]) -> asyncio.Task[None] | None:
-        """A batch and what it answered, together. With large blobs nobody's later results wait for it but the
-        adapter's own, which have to be held back until the returned task is done."""
+        """A batch and what it answered, together. With large blobs, or bodies that become blobs, nobody's later results
+        wait for it but those of the same adapters, which have to be held back until the returned task is done."""
         written = [*map(self._result, answers), self._system(event)]
-        if any(answer.blobs for answer in answers):
+        if any(answer.blobs or num_bytes(answer.body) > INLINE_BYTES for answer in answers):
             self._flush()
             return self._commits.submit_apart(*written)
         self._commits.submit(*self._due(), *written)
@@ -59,10 +63,13 @@ class Journal:
             events = [results.failed(r, reason.category, reason.code, reason.message, batch) for r in requests]
             self._commits.submit(*self._due(), *map(self._result, map(Answer, requests, events)))
 
-    def checkpoint(self, resident: Resident, event: CheckpointWritten, blobs: dict[str, bytes]) -> None:
-        """A recovery point; it may not outlive a step that turns out not to be in the log."""
+    def checkpoint(
+        self, resident: Resident, event: CheckpointWritten, blobs: dict[str, bytes]
+    ) -> "asyncio.Task[Exception | None]":
+        """A recovery point, and why it was not written. It may not outlive a step that turns out not to be in the
+        log."""
         self._flush()
-        self._commits.submit_apart(
+        return self._commits.offer(
             NewEvent(
                 event=event,
                 tenant=resident.tenant,
@@ -74,6 +81,15 @@ class Journal:
                 fence=self._fence,
             )
         )
+
+    @property
+    def num_bytes_apart(self) -> int:
+        """Bytes of states on their way to the blob store."""
+        return self._commits.num_bytes_apart
+
+    async def one_less_apart(self) -> None:
+        """Wait until one of them is there."""
+        await self._commits.one_less_apart()
 
     def _due(self) -> list[NewEvent]:
         """The plan that waits, to be written first; it waits no longer."""
@@ -102,3 +118,16 @@ class Journal:
             actor=self._holder,
             fence=self._fence,
         )
+
+
+def num_bytes(value: Any) -> int:
+    """Of all byte strings in a body: what it takes before it is compressed, but for a few."""
+    match value:
+        case bytes():
+            return len(value)
+        case list() | tuple():
+            return sum(map(num_bytes, value))
+        case msgspec.Struct():
+            return sum(map(num_bytes, msgspec.structs.astuple(value)))
+        case _:
+            return 0

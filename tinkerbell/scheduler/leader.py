@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -19,6 +19,7 @@ from tinkerbell.scheduler import batching, results
 from tinkerbell.scheduler.batching import Limits, Measure, Plan, Restore
 from tinkerbell.scheduler.bodies import Bodies
 from tinkerbell.scheduler.checkpoints import Checkpoints
+from tinkerbell.scheduler.chores import chores_of
 from tinkerbell.scheduler.commits import Commits
 from tinkerbell.scheduler.control import Control
 from tinkerbell.scheduler.cost import CostModel, features
@@ -31,8 +32,6 @@ from tinkerbell.scheduler.pending import BODY_KINDS, Pending, PendingRequest, Re
 from tinkerbell.scheduler.recovery import Recovery
 from tinkerbell.scheduler.residency import Residency
 from tinkerbell.scheduler.restorer import Restorer
-from tinkerbell.scheduler.sealing import Sealer
-from tinkerbell.scheduler.session_expiry import SessionClearing, SessionExpiry
 from tinkerbell.scheduler.settlement import Answer, Settlement
 from tinkerbell.scheduler.startup import Backlog, read_backlog
 from tinkerbell.scheduler.units import planned, units_of
@@ -74,19 +73,13 @@ class Leader:
         self._control = Control(recovery, self._residency)
         self._commits = Commits(store, on_failure=self._wake.set)
         self._journal = Journal(self._commits, lease)
-        self._checkpoints = Checkpoints(
-            self._journal, self._residency, settings.checkpoint_every_steps, settings.checkpoint_every_s
-        )
+        every = (settings.checkpoint_every_steps, settings.checkpoint_every_s, settings.max_saving_bytes)
+        self._checkpoints = Checkpoints(self._journal, self._residency, *every, on_end=self._wake.set)
         self._eviction = Eviction(
             self._residency, self._checkpoints, settings.max_resident_adapters, settings.idle_adapter_s
         )
         self._settlement = Settlement(cost, self._shares, self._residency)
-        every_h = settings.seal_every_hours
-        self._chores = [
-            Sealer(store, lease, None if every_h is None else every_h * 3600),
-            SessionExpiry(store, lease, settings.session_expiry_s),
-            SessionClearing(store, lease),
-        ]
+        self._chores = chores_of(store, lease, settings)
         self._num_batches = 0
 
     async def run(self) -> None:
@@ -129,8 +122,7 @@ class Leader:
         self._commits.fail(exc)
 
     async def write_checkpoints(self, deadline: float) -> None:
-        """On the way out: recovery points for adapters that moved, as far as the time (of the loop's clock)
-        goes."""
+        """On the way out: recovery points for adapters that moved, as far as the time (of the loop's clock) goes."""
         await self._checkpoints.write_all(self._host.link, deadline)
         await self._commits.settle()
 
@@ -210,15 +202,16 @@ class Leader:
         cancelled = self._pending.take_cancelled()
         for request in cancelled:
             self._fail([request], CANCELLED, request.batch)
-        resident = self._residency
-        match batching.plan(self._pending, self._shares, self._price, self._limits, resident):
+        match batching.plan(self._pending, self._shares, self._price, self._limits, self._residency):
             case None:
-                await self._write_checkpoints()
-                return bool(orphans or cancelled)
+                return await self._write_checkpoints() or bool(orphans or cancelled)
             case Measure(request):
                 await self._read_body(request)
             case Restore(request):
                 await self._restore(request)
+            case Plan() as plan if self._checkpoints.delay(plan.requests[0]):
+                self._settlement.refund(plan)
+                self._hold_back(plan.requests, asyncio.create_task(self._commits.one_less_apart()))
             case Plan() as plan:
                 await self._execute(plan)
         return True
@@ -289,7 +282,7 @@ class Leader:
             self._bodies.forget(answer.request)
         ran = kinds.BatchRan(batch=batch, busy_us=busy_us, charges=charges)
         if (writing := self._journal.ran(ran, answers)) is not None:
-            self._hold_back(answers[0].request, writing)
+            self._hold_back([answer.request for answer in answers], writing)
         log.debug(
             "batch ran batch=%s lane=%s units=%d answers=%d busy_us=%d estimated_us=%d",
             *(batch, plan.lane, len(plan.works), len(answers), busy_us, plan.estimated_us),
@@ -305,14 +298,15 @@ class Leader:
         idle = [adapter for tenant, adapter in adapters if adapter and self._pending.queue(tenant, adapter) is None]
         self._gathering.served(idle, busy_us / 1e6, time.monotonic(), more=len(self._pending) > 0)
 
-    async def _write_checkpoints(self) -> None:
-        """Those that are due, and those of adapters that have to leave the executor."""
+    async def _write_checkpoints(self) -> bool:
+        """One that is due, or of an adapter that has to leave the executor; whether there was something to do."""
         try:
-            await self._checkpoints.write_due(self._host.link)
-            await self._eviction.make_room(self._host.link, self._pending)
+            wrote = await self._checkpoints.write_due(self._host.link)
+            return wrote or await self._eviction.make_room(self._host.link, self._pending)
         except ExecutorDied as exc:
             log.warning("executor died taking a snapshot detail=%s", exc)
             await self._revive()
+            return True
 
     async def _run_control(self, plan: Plan, batch: str) -> tuple[list[Answer], list[tuple[int, int]], int]:
         (work,) = plan.works
@@ -344,8 +338,7 @@ class Leader:
             self._restorer.replaced(request.adapter)
 
     async def _lose_batch(self, plan: Plan, batch: str, exc: ServerError) -> None:
-        """The executor died in it: everything in it runs again, one request at a time, until the cause
-        shows."""
+        """The executor died in it: everything in it runs again, one request at a time, until the cause shows."""
         positions = [request.position for request in plan.requests]
         log.warning("batch lost batch=%s requests=%s detail=%s", batch, positions, exc)
         self._settlement.refund(plan)
@@ -370,8 +363,7 @@ class Leader:
             self._record_environment()
 
     def _withdraw(self, plan: Plan) -> None:
-        """A body cannot be read any more: all are read again, and the one that cannot be fails in its
-        turn."""
+        """A body cannot be read any more: all are read again, and the one that cannot be fails in its turn."""
         self._settlement.refund(plan)
         for request in plan.requests:
             if request.kind in BODY_KINDS:
@@ -383,14 +375,15 @@ class Leader:
         for request in requests:
             self._bodies.forget(request)
 
-    def _hold_back(self, request: PendingRequest, until: "asyncio.Task[None]") -> None:
-        """The adapter's later results may not overtake the one being written."""
-        tenant, adapter = request.tenant, request.adapter
-        assert adapter is not None
-        self._pending.block(tenant, adapter)
+    def _hold_back(self, requests: Iterable[PendingRequest], until: "asyncio.Task[None]") -> None:
+        """The adapters' later results may not overtake those being written."""
+        held = {(request.tenant, request.adapter) for request in requests if request.adapter is not None}
+        for tenant, adapter in held:
+            self._pending.block(tenant, adapter)
 
         def go_on(_task: object) -> None:
-            self._pending.unblock(tenant, adapter)
+            for tenant, adapter in held:
+                self._pending.unblock(tenant, adapter)
             self._wake.set()
 
         until.add_done_callback(go_on)

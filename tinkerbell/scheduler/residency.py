@@ -21,9 +21,17 @@ class Resident:
     boundary_position: int
     """Position of that request."""
     steps_ahead: int = 0
-    """Optimizer steps since the last checkpoint."""
+    """Optimizer steps that no checkpoint holds which is written."""
     ahead_since_s: float | None = None
     """When the first of them was seen, by the event loop's clock."""
+    state_bytes: int = 0
+    """Of its last snapshot; 0 before the first."""
+    point_on_its_way: bool = False
+    """A recovery point of it is being written."""
+    failed_points: int = 0
+    """In a row."""
+    resting_until_s: float = 0.0
+    """No other point before then, by the event loop's clock."""
     used_s: float = field(default_factory=time.monotonic)
     """When it was last in a batch."""
 
@@ -32,6 +40,17 @@ class Resident:
         self.boundary_seq, self.boundary_position = seq, position
         self.step, self.state_digest = step, state_digest
         self.steps_ahead += 1
+
+    def saved(self, steps: int) -> None:
+        """A recovery point that has so many of the steps ahead was written."""
+        self.steps_ahead -= steps
+        self.ahead_since_s = None
+        self.failed_points = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Of a snapshot, as far as one can say before it is taken: weights and two moments of four bytes each."""
+        return self.state_bytes or 12 * self.num_parameters
 
 
 class Residency:
