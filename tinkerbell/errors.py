@@ -9,7 +9,8 @@
     │   ├── NotFound                   404  also for what belongs to another tenant
     │   ├── Conflict                   409
     │   │   ├── IdempotencyConflict         same key, other request
-    │   │   └── SequenceConflict            `seq` is not the adapter's next one
+    │   │   ├── SequenceConflict            `seq` is not the adapter's next one
+    │   │   └── OtherBaseModel              the adapter or checkpoint belongs to a model that is not served
     │   ├── Gone                       410
     │   │   ├── Erased                      with its tenant
     │   │   └── Compacted                   by `tinkerbell db compact`
@@ -106,6 +107,12 @@ class SequenceConflict(Conflict):
     """The sequence number is not the adapter's next one."""
 
     slug = "sequence-conflict"
+
+
+class OtherBaseModel(Conflict):
+    """This belongs to another base model than the one that is served."""
+
+    slug = "other-base-model"
 
 
 class Gone(UserError):

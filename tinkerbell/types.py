@@ -245,3 +245,6 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_tokens: tuple[int, ...]
     tokenizer: str
     """What `AutoTokenizer.from_pretrained` takes to get the tokenizer; a directory or a hub id; empty for the fake."""
+    hash: str = ""
+    """Names the weights and how they are used, wherever the model lies and whatever it is called. Empty: recorded by an
+    older release, or by an executor that does not say."""

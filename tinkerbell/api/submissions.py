@@ -27,12 +27,14 @@ class Submitter(Submitting):
                 if body.lora is not None:
                     raise InvalidRequest("lora: leave it out with a checkpoint, which has its own.")
                 checkpoint = self.usable_checkpoint(body.checkpoint)
+                self.require_base(checkpoint.adapter, f"checkpoint {checkpoint.id}")
                 lora = checkpoint.lora
             validation.lora(lora, model)
             return Draft(
                 adapters=1,
                 event=kinds.AddLoraRequested(
                     base_model=model.name,
+                    base_hash=model.hash,
                     lora=lora,
                     seed=secrets.randbits(63) if body.seed is None else body.seed,
                     name=body.name,
@@ -105,6 +107,8 @@ class Submitter(Submitting):
             row = self._context.store.queries.adapter(self._tenant, adapter)
             if row is None:
                 raise validation.no_adapter(adapter)
+            self.require_base(adapter, f"adapter {adapter}")
+            self.require_base(checkpoint.adapter, f"checkpoint {checkpoint.id}")
             if checkpoint.lora != row.lora:
                 raise InvalidRequest(
                     f"checkpoint: {body.checkpoint} has {_shape(checkpoint.lora)}, the adapter {_shape(row.lora)};"

@@ -17,6 +17,7 @@ from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context, Held
 from tinkerbell.errors import InvalidRequest, NotFound, Unavailable, UserError
 from tinkerbell.events import kinds
+from tinkerbell.events.base_models import base_model_of, require_same
 from tinkerbell.events.rows import CheckpointRow
 from tinkerbell.types import AdapterId, ModelInfo, SessionId, is_sampler
 
@@ -179,6 +180,14 @@ class Submitting:
         if row is None or row.kind != "save" or not row.is_usable(time.time_ns() // 1000):
             raise validation.no_checkpoint(text)
         return row
+
+    def require_base(self, adapter: AdapterId, what: str) -> None:
+        """Raise OtherBaseModel where the adapter, or `what` was saved of it, belongs to a model that is not served. The
+        scheduler asks again: by then another one may be."""
+        queries = self._context.store.queries
+        trained_on, environment = queries.base_model(self._tenant, adapter), queries.environment()
+        if trained_on is not None and environment is not None:
+            require_same(what, trained_on, base_model_of(environment))
 
     def _limits(self) -> admission.TenantLimits:
         row = self._context.tenant(self._tenant)

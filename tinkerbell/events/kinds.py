@@ -51,6 +51,8 @@ class AddLoraRequested(Request, frozen=True, kw_only=True, tag="add_lora.request
     checkpoint: CheckpointId | None = None
     with_optimizer: bool = False
     user_metadata: dict[str, str] = {}
+    base_hash: str = ""
+    """ModelInfo.hash of the base model; empty: recorded by an older release."""
 
 
 class RemoveLoraRequested(Request, frozen=True, kw_only=True, tag="remove_lora.requested"):
@@ -407,6 +409,8 @@ class CheckpointCopied(Event, frozen=True, kw_only=True, tag="checkpoint.copied"
     ttl_s: int | None = None
     """Seconds from now after which nobody can use the copy; None: for good, whatever holds for the source."""
     user_metadata: dict[str, str] = {}
+    base_hash: str = ""
+    """Of the adapter that the source was saved of; empty where it has none."""
 
 
 class KeyCreated(Event, frozen=True, kw_only=True, tag="key.created"):

@@ -5,6 +5,7 @@ import sqlalchemy as sa
 
 from tinkerbell.events import kinds, reading
 from tinkerbell.events import tables as t
+from tinkerbell.events.base_model_queries import BaseModelQueries
 from tinkerbell.events.querying import columns, row_of, with_json
 from tinkerbell.events.rows import (
     AdapterRow,
@@ -33,7 +34,7 @@ _TENANT = sa.select(*columns(t.tenants, TenantRow)).where(t.tenants.c.tenant == 
 _NEWEST_ENVIRONMENT = sa.select(sa.func.max(t.environments.c.position))
 
 
-class Queries(SessionQueries, UsageQueries):
+class Queries(BaseModelQueries, SessionQueries, UsageQueries):
     """Answers as of the last commit."""
 
     def __init__(self, engine: sa.Engine) -> None:

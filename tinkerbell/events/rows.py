@@ -48,6 +48,8 @@ class AdapterRow(Row, frozen=True, kw_only=True):
     tenant: str
     name: str | None
     base_model: str
+    base_hash: str | None
+    """Names its weights; None: made by an older release (see BaseModelQueries)."""
     lora: LoraConfig
     seed: int
     checkpoint: str | None

@@ -185,6 +185,7 @@ adapters = sa.Table(
     C("tenant", Text, nullable=False, index=True),
     C("name", Text),
     C("base_model", Text, nullable=False),
+    C("base_hash", Text, comment="names the base model's weights; NULL: made by an older release"),
     C("lora", Json, nullable=False),
     C("seed", Big, nullable=False),
     C("checkpoint", Text, comment="checkpoint it started from"),

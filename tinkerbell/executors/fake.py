@@ -3,6 +3,7 @@
 It stands in for an accelerator in tests, benchmarks of the server, and demonstrations without torch.
 """
 
+import hashlib
 import math
 import operator
 import platform
@@ -79,6 +80,8 @@ class FakeExecutor:
             targets=TARGETS,
             eos_tokens=(EOS_TOKEN,),
             tokenizer="",
+            # All there is to its weights: every other option is of the machine.
+            hash=hashlib.sha256(f"fake {settings['vocab_size']}".encode()).hexdigest(),
         )
         self._base = BaseModel(self._info.vocab_size, settings["rounding_ppm"])
         self._base_distribution = Distribution(self._base, None)

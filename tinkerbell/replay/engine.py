@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Self
 
 from tinkerbell.events import kinds
+from tinkerbell.events.base_models import base_model_of, require_same
 from tinkerbell.events.kinds import EnvironmentRecorded
 from tinkerbell.executors.port import AdapterState, Environment, OptimStepDone, UnitFailed
 from tinkerbell.replay.compare import Comparison
@@ -268,6 +269,7 @@ class Replayer:
         self._tell(f"starting {kind}", 0, 1)
         self._session = Session(self._log, self._history.run, kind, options)
         self.environment = await self._session.start()
+        require_same(f"run {self._history.run}", base_model_of(recorded), base_model_of(self.environment))
         self._recorded = recorded
         self.comparison.tolerance = tolerance_of(self.environment.facts.get("dtype"), self._rtol)
         # Bits that were lost do not come back with the environment.

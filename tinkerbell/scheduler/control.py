@@ -77,6 +77,7 @@ class Control:
     ) -> Timed[AdapterReport]:
         assert request.adapter is not None
         if event.checkpoint is None:
+            await self._recovery.require_base(request.tenant, request.adapter, f"adapter {request.adapter}")
             return await link.create(request.adapter, event.lora, event.seed)
         return await self._load(link, request, event.checkpoint, event.with_optimizer)
 
@@ -84,7 +85,9 @@ class Control:
         self, link: ExecutorLink, request: PendingRequest, checkpoint: str, with_optimizer: bool
     ) -> Timed[AdapterReport]:
         assert request.adapter is not None
+        await self._recovery.require_base(request.tenant, request.adapter, f"adapter {request.adapter}")
         row, state = await self._recovery.checkpoint(request.tenant, checkpoint)
+        await self._recovery.require_base(request.tenant, row.adapter, f"checkpoint {checkpoint}")
         if row.lora != await self._recovery.lora(request.adapter):
             raise InvalidRequest(f"checkpoint {checkpoint} has another LoRA shape than the adapter")
         return await link.load(request.adapter, state, with_optimizer)

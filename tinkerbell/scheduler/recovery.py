@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tinkerbell.errors import Corrupt, ExecutorDied, NotFound, ServerError, TinkerbellError, Unavailable
 from tinkerbell.events import kinds
+from tinkerbell.events.base_models import base_model_of, require_same
 from tinkerbell.events.kinds import BatchPlanned, EnvironmentRecorded, Recorded
 from tinkerbell.events.rows import CheckpointRow
 from tinkerbell.events.store import EventStore
@@ -123,8 +124,9 @@ class Recovery:
     async def restore(self, link: ExecutorLink, tenant: TenantId, adapter: AdapterId) -> Resident:
         """The adapter in the executor as the log left it.
 
-        Raises StateLost where it does not come out the same, ExecutorDied.
+        Raises OtherBaseModel, StateLost where it does not come out the same, ExecutorDied.
         """
+        await self.require_base(tenant, adapter, f"adapter {adapter}")
         try:
             marks = await asyncio.to_thread(find_marks, self._store, adapter)
             report = await self._begin(link, tenant, adapter, marks.origin)
@@ -175,6 +177,13 @@ class Recovery:
             raise NotFound(f"no checkpoint {checkpoint}")
         state = await asyncio.to_thread(self._state, row.lora, row.step, row.state_digest, row.blobs)
         return row, state
+
+    async def require_base(self, tenant: TenantId, adapter: AdapterId, what: str) -> None:
+        """Raise OtherBaseModel where the adapter (`what` is that, or was saved of it) belongs to another model."""
+        assert self._host.environment is not None
+        trained_on = await asyncio.to_thread(self._store.queries.base_model, tenant, adapter)
+        if trained_on is not None:
+            require_same(what, trained_on, base_model_of(self._host.environment))
 
     async def lora(self, adapter: AdapterId) -> LoraConfig:
         """Shape of an adapter, as it was asked for."""

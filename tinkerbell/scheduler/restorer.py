@@ -2,7 +2,7 @@
 
 import logging
 
-from tinkerbell.errors import ExecutorDied
+from tinkerbell.errors import ExecutorDied, OtherBaseModel
 from tinkerbell.executors.link import ExecutorLink
 from tinkerbell.scheduler.pending import Reason
 from tinkerbell.scheduler.recovery import Recovery, StateLost
@@ -37,6 +37,10 @@ class Restorer:
         except ExecutorDied:
             self._deaths[adapter] = deaths + 1
             raise
+        except OtherBaseModel as exc:
+            # Not lost: the model it belongs to may be served again at any start.
+            log.warning("adapter of another base model adapter=%s detail=%s", adapter, exc.detail)
+            return Reason(exc.category, exc.slug, exc.detail)
         except StateLost as exc:
             reason = self._lost[adapter] = _lost(adapter, exc.detail)
             log.error("adapter lost adapter=%s detail=%s", adapter, exc.detail)

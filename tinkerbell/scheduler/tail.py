@@ -4,6 +4,7 @@ the log says."""
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from tinkerbell.errors import OtherBaseModel
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import AnyResult, Recorded, kind_of
 from tinkerbell.executors.port import ForwardBackwardDone, OptimStepDone, UnitFailed, UnitResult
@@ -66,14 +67,15 @@ def _parts(found: Sequence[UnitResult]) -> list[ForwardBackwardDone]:
 def committed_tail(events: Sequence[Recorded]) -> list[Committed]:
     """Of the requests and results after the boundary, those that had an effect, in order.
 
-    An optim_step that failed on the caller's account may have cleared the gradient, so it is among them.
+    An optim_step that failed on the caller's account may have cleared the gradient, so it is among them, unless it
+    never came to an executor because that had another base model.
     """
     results = {recorded.causation: recorded.event for recorded in events if isinstance(recorded.event, kinds.Result)}
     tail = []
     for recorded in events:
         match results.get(recorded.position):
-            case (
-                kinds.ForwardBackwardCompleted() | kinds.OptimStepCompleted() | kinds.OptimStepFailed(category="user")
-            ) as result:
+            case kinds.ForwardBackwardCompleted() | kinds.OptimStepCompleted() as result:
                 tail.append(Committed(recorded, result))
+            case kinds.OptimStepFailed(category="user") as failed if failed.code != OtherBaseModel.slug:
+                tail.append(Committed(recorded, failed))
     return tail

@@ -159,8 +159,13 @@ class TinkerSubmitting(Submitting):
             raise InvalidRequest(f"The weights of {sampler.id} are not saved (yet); wait for save_weights_for_sampler.")
         if not checkpoint.is_usable(time.time_ns() // 1000):
             raise InvalidRequest(f"The weights of {sampler.id} were deleted, or have expired.")
+        self.require_base(checkpoint.adapter, f"the sampler {sampler.id}")
         event = kinds.AddLoraRequested(
-            base_model=model.name, lora=checkpoint.lora, seed=seed_of(sampler.id), checkpoint=checkpoint.id
+            base_model=model.name,
+            base_hash=model.hash,
+            lora=checkpoint.lora,
+            seed=seed_of(sampler.id),
+            checkpoint=checkpoint.id,
         )
         made = self._event(event, f"tinker:adapter:{sampler.id}", sampler.session)
         return (msgspec.structs.replace(made, stream=f"adapter/{sampler.id}", adapter=sampler.id),)

@@ -38,8 +38,10 @@ class CheckpointSubmitting(TinkerSubmitting):
             check_optimizer(body.optimizer_config.type)
             checkpoint = self._at_path(body.path)
             check_loadable(checkpoint, body.optimizer)
+            self.require_base(checkpoint.adapter, body.path)
             event = kinds.AddLoraRequested(
                 base_model=model.name,
+                base_hash=model.hash,
                 lora=checkpoint.lora,
                 seed=seed_of(model_id),
                 checkpoint=checkpoint.id,
@@ -59,6 +61,8 @@ class CheckpointSubmitting(TinkerSubmitting):
             row = self._queries.adapter(self._tenant, model_id)
             if row is None:
                 raise validation.no_adapter(model_id)
+            self.require_base(model_id, f"the model {model_id}")
+            self.require_base(checkpoint.adapter, body.path)
             if row.lora != checkpoint.lora:
                 raise InvalidRequest(
                     f"{body.path} is of another shape than the model: make a new one from it"
@@ -163,6 +167,7 @@ class CheckpointSubmitting(TinkerSubmitting):
             name=source.name or source.id,
             use=source.use,
             base_model=saved_of.base_model,
+            base_hash=saved_of.base_hash or "",
             seed=saved_of.seed,
             step=source.step,
             lora=source.lora,

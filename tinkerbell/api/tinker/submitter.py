@@ -42,7 +42,11 @@ class TinkerSubmitter(CheckpointSubmitting, SessionSubmitting):
             validation.lora(lora, model)
             seed = seed_of(model_id) if shape.seed is None else shape.seed & SEED_BITS
             event = kinds.AddLoraRequested(
-                base_model=model.name, lora=lora, seed=seed, user_metadata=body.user_metadata or {}
+                base_model=model.name,
+                base_hash=model.hash,
+                lora=lora,
+                seed=seed,
+                user_metadata=body.user_metadata or {},
             )
             return Draft(adapters=1, event=event, session=session.id)
 
@@ -97,7 +101,9 @@ class TinkerSubmitter(CheckpointSubmitting, SessionSubmitting):
         def made() -> kinds.NewEvent:
             self._living_session(session)
             if body.model_path is not None:
-                checkpoint = self._at_path(body.model_path).id
+                found = self._at_path(body.model_path)
+                self.require_base(found.adapter, body.model_path)
+                checkpoint = found.id
             elif body.base_model is not None:
                 check_base_model(body.base_model, self._context.model())
                 checkpoint = None

@@ -6,6 +6,7 @@ import msgspec
 
 from tinkerbell import wire
 from tinkerbell.events import kinds
+from tinkerbell.events.base_models import BaseModel, require_same
 from tinkerbell.events.kinds import ForwardBackwardBody
 from tinkerbell.replay.curves import Point, curve, per_token
 from tinkerbell.replay.findings import Finding, finding
@@ -62,6 +63,12 @@ def fork_on_server(
     change = parse_settings(settings)
     history = read_history(log, run)
     call, end = forkable(history, at, until)
+    served = client.models()[0]
+    require_same(
+        f"run {history.run}",
+        BaseModel(name=history.made.base_model, hash=history.made.base_hash),
+        BaseModel(name=served.name, hash=served.hash),
+    )
     marks = history.marks(call.position, users_own=True)
     adapter, checkpoint = _begin(client, history, marks.origin.event, marks.origin.causation, name)
     past = list(_training(history, marks.boundary, call.position))

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from tinkerbell.errors import InvalidRequest, NotFound
 from tinkerbell.executors.hf import gguf
 from tinkerbell.executors.hf.hooks import install
+from tinkerbell.executors.hf.model_hash import model_hash
 from tinkerbell.executors.hf.runtime import Runtime
 from tinkerbell.types import ModelInfo
 
@@ -40,9 +42,11 @@ def load(model: str, *, dtype: str = "float32", device: str | None = None) -> Lo
     source = locate(model)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     hf_model = _from_pretrained(source, DTYPES[dtype]).to(place)
-    weights_hash = _weights_hash(hf_model)
+    # Before anything is installed into it.
+    weights_hash, identity = _weights_hash(hf_model), model_hash(hf_model)
     runtime = install(hf_model)
-    return LoadedModel(runtime=runtime, info=_describe(hf_model, source, model, runtime), weights_hash=weights_hash)
+    info = msgspec.structs.replace(_describe(hf_model, source, model, runtime), hash=identity)
+    return LoadedModel(runtime=runtime, info=info, weights_hash=weights_hash)
 
 
 def locate(model: str) -> str:
