@@ -109,6 +109,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     <data_dir>/encryption.key. It is made when it is first needed."""
     seal_every_hours: Annotated[float, Meta(gt=0)] | None = 24.0
     """How often the scheduler's leader seals the log; None: only `tinkerbell audit seal` does."""
+    orphan_grace_s: Annotated[float, Meta(gt=0)] | None = 3600.0
+    """A file in the blob directory that no event needs is removed when it has lain there for so many seconds: one of a
+    server that died before it wrote the event. Those of refused requests go at once. None: only the latter."""
     lease_ttl_s: Annotated[float, Meta(gt=0, le=3600)] = 10.0
     executor_silence_s: Annotated[float, Meta(ge=2, le=86400)] = 60.0
     """An executor process is killed and started again when it gives no sign of life for so long, or when what it is

@@ -5,7 +5,7 @@ import pytest
 from tests.contract.test_event_erasure import two_tenants
 from tests.support import log
 from tinkerbell.errors import Compacted, Gone
-from tinkerbell.events.blobs import BlobStore
+from tinkerbell.events.blobs import BlobFile, BlobStore
 from tinkerbell.events.check_seals import KeptSeal
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.removal import Bulk
@@ -76,10 +76,10 @@ def test_a_compaction_that_was_cut_short_is_finished_by_the_next(
 ) -> None:
     told = two_tenants(store)
 
-    def dies(self: BlobStore, digest: str) -> bool:
+    def dies(self: BlobStore, file: BlobFile) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(BlobStore, "delete", dies)
+    monkeypatch.setattr(BlobStore, "remove", dies)
     with pytest.raises(KeyboardInterrupt):
         compact(store, told["alice"][:2])
     monkeypatch.undo()

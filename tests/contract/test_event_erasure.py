@@ -16,7 +16,7 @@ from tinkerbell.config import Settings
 from tinkerbell.errors import Conflict, Corrupt, Erased, Gone, NotFound
 from tinkerbell.events import kinds
 from tinkerbell.events import tables as t
-from tinkerbell.events.blobs import BlobStore
+from tinkerbell.events.blobs import BlobFile, BlobStore
 from tinkerbell.events.check_seals import KeptSeal
 from tinkerbell.events.engine import make_engine
 from tinkerbell.events.kinds import NewEvent, Recorded
@@ -163,14 +163,14 @@ def test_an_erasure_that_was_cut_short_is_named_and_finished(
     store: EventStore, database_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two_tenants(store)
-    delete, steps = BlobStore.delete, iter([True, False])
+    remove, steps = BlobStore.remove, iter([True, False])
 
-    def dies(self: BlobStore, digest: str) -> bool:
+    def dies(self: BlobStore, file: BlobFile) -> bool:
         if not next(steps):
             raise KeyboardInterrupt
-        return delete(self, digest)
+        return remove(self, file)
 
-    monkeypatch.setattr(BlobStore, "delete", dies)
+    monkeypatch.setattr(BlobStore, "remove", dies)
     with pytest.raises(KeyboardInterrupt):
         erase(store)
     monkeypatch.undo()

@@ -31,6 +31,7 @@ MOST_LIVES = 40
 FILES = (
     "tinkerbell/events/writer.py",
     "tinkerbell/events/blobs.py",
+    "tinkerbell/events/sweeping.py",
     "tinkerbell/events/outcomes.py",
     "tinkerbell/scheduler/service.py",
     "tinkerbell/scheduler/leader.py",
@@ -49,7 +50,7 @@ FILES = (
     "tinkerbell/executors/worker.py",
     "tinkerbell/api/submissions.py",
 )
-"""Writer, blob store, leader, checkpoint writer, executor link on both ends, and where requests come in."""
+"""Writer, blob store, its sweep, leader, checkpoint writer, executor link on both ends, and where requests come in."""
 
 
 BORDER = re.compile(
@@ -142,6 +143,7 @@ def environment(settings: Settings, **more: str) -> dict[str, str]:
         "TINKERBELL_CHECKPOINT_EVERY_STEPS": "2",
         "TINKERBELL_BATCH_TOKENS": "64",
         "TINKERBELL_CHUNK_TOKENS": "16",
+        "TINKERBELL_ORPHAN_GRACE_S": "2",
         **more,
     }
 
@@ -259,6 +261,9 @@ def run(
     assert lives.failure is None, explain()
     store = EventStore.open(settings)
     try:
+        store.check()
+        # Whatever a life left behind goes, and nothing that is needed.
+        store.sweeper.sweep(-1)
         store.check()
         history.check(seen, store, settings, explain)
     finally:

@@ -10,7 +10,7 @@ from prometheus_client import REGISTRY
 from tests.support.runs import Asker, data, eventually, run_settings, serving
 from tinkerbell.config import Settings
 from tinkerbell.events import kinds
-from tinkerbell.events.blobs import BlobStore
+from tinkerbell.events.blobs import BlobFile, BlobStore
 from tinkerbell.events.store import EventStore
 from tinkerbell.scheduler import checkpoints
 from tinkerbell.types import AdamParams, LoraConfig
@@ -27,15 +27,15 @@ class Volume:
 @pytest.fixture
 def volume(monkeypatch: pytest.MonkeyPatch) -> Iterator[Volume]:
     """Takes nothing until told."""
-    found, put = Volume(), BlobStore.put
+    found, add = Volume(), BlobStore.add
 
-    def refuse(self: BlobStore, stored: bytes) -> bytes:
+    def refuse(self: BlobStore, stored: bytes) -> tuple[bytes, BlobFile | None]:
         if threading.current_thread().name.startswith("scheduler-") and not found.takes.is_set():
             found.num_refused += 1
             raise OSError(28, "No space left on device")
-        return put(self, stored)
+        return add(self, stored)
 
-    monkeypatch.setattr(BlobStore, "put", refuse)
+    monkeypatch.setattr(BlobStore, "add", refuse)
     monkeypatch.setattr(checkpoints, "FIRST_PAUSE_S", 0.05)
     yield found
     found.takes.set()

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from tinkerbell.errors import Compacted, Erased, Gone
 from tinkerbell.events.codec import canonical_json
+from tinkerbell.events.reading import in_parts
 from tinkerbell.events.tables import blobs, data_keys, erasures, event_blobs, events, removed_bulk
 from tinkerbell.types import TenantId
 
@@ -130,6 +131,23 @@ def drop_bodies(connection: sa.Connection) -> int:
     """Take out the inline bodies of all events that were erased or compacted; how many."""
     gone = sa.or_(_ERASED, _COMPACTED)
     return connection.execute(events.update().where(events.c.body.is_not(None), gone).values(body=None)).rowcount
+
+
+def needed(connection: sa.Connection, hashes: Sequence[bytes]) -> set[bytes]:
+    """Those of these blobs that an event names whose bulk is not gone."""
+    found: set[bytes] = set()
+    for part in in_parts(hashes):
+        names = event_blobs.join(events, events.c.position == event_blobs.c.position)
+        living = sa.select(event_blobs.c.blob_hash).select_from(names).where(~_ERASED, ~_COMPACTED)
+        found.update(connection.execute(living.where(event_blobs.c.blob_hash.in_(part)).distinct()).scalars())
+    return found
+
+
+def mark_removed(connection: sa.Connection, hashes: Sequence[bytes]) -> None:
+    """These blobs are not needed any more, whether the table has them or not."""
+    for part in in_parts(hashes):
+        there = blobs.c.hash.in_(part), blobs.c.location == FILE
+        connection.execute(blobs.update().where(*there).values(location=REMOVED))
 
 
 def drop_blobs(connection: sa.Connection) -> int:

@@ -11,10 +11,10 @@ import sqlalchemy as sa
 
 from tinkerbell.errors import Conflict, NotFound
 from tinkerbell.events import removal
-from tinkerbell.events.blobs import BlobStore
 from tinkerbell.events.engine import snapshot
 from tinkerbell.events.kinds import BulkCompacted, KeyRevoked, NewEvent, Recorded, TenantErased
 from tinkerbell.events.removal import Bulk
+from tinkerbell.events.sweeping import Sweeper
 from tinkerbell.events.tables import adapters, api_keys, checkpoints, data_keys, erasures, events, futures
 from tinkerbell.types import SYSTEM_TENANT, TenantId
 
@@ -46,11 +46,16 @@ class Retention:
     """Works on the engines of one store."""
 
     def __init__(
-        self, writer: sa.Engine, reader: sa.Engine, blobs: BlobStore, append: Append, forget: Callable[[TenantId], None]
+        self,
+        writer: sa.Engine,
+        reader: sa.Engine,
+        sweeper: Sweeper,
+        append: Append,
+        forget: Callable[[TenantId], None],
     ) -> None:
         self._writer = writer
         self._reader = reader
-        self._blobs = blobs
+        self._sweeper = sweeper
         self._append = append
         self._forget = forget
 
@@ -166,9 +171,9 @@ class Retention:
         with self._reader.connect() as connection:
             removed = removal.removed_blobs(connection)
         num_files = 0
-        for number, digest in enumerate(removed):
-            tell("deleting blobs", number, len(removed))
-            num_files += self._blobs.delete(digest)
+        for start in range(0, len(removed), POSITIONS_AT_ONCE):
+            tell("deleting blobs", start, len(removed))
+            num_files += self._sweeper.remove_digests(removed[start : start + POSITIONS_AT_ONCE]).num_files
         return num_keys, num_files
 
     def _rewrite(self) -> None:

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from tinkerbell.config import Settings
 from tinkerbell.errors import Corrupt, SchemaOutdated, StorageUnavailable, Unavailable
 from tinkerbell.events import check, codec, outcomes, reading, schema, seals
-from tinkerbell.events.blobs import BlobStore
+from tinkerbell.events.blobs import BlobFile, BlobStore
 from tinkerbell.events.check import CheckReport
 from tinkerbell.events.check_seals import KeptSeal
 from tinkerbell.events.engine import make_engine, snapshot
@@ -23,6 +23,7 @@ from tinkerbell.events.queries import Queries
 from tinkerbell.events.removal import why_blob_gone, why_gone
 from tinkerbell.events.retention import Retention
 from tinkerbell.events.state import Original
+from tinkerbell.events.sweeping import Sweeper
 from tinkerbell.events.tables import log_head
 from tinkerbell.events.tail import Callback, Tail
 from tinkerbell.events.vault import Vault
@@ -43,10 +44,12 @@ class EventStore:
         self._blobs = blobs
         self._vault = vault
         self._encrypt = encrypt
-        self.retention = Retention(writer, reader, blobs, self.append, vault.forget)
+        self.sweeper = Sweeper(writer, reader, blobs)
+        """Takes files that no event needs out of the blob store."""
+        self.retention = Retention(writer, reader, self.sweeper, self.append, vault.forget)
         """Erasing tenants, compacting old bulk."""
         self._tail = Tail(reader)
-        self._writer = Writer(writer, self._tail.push, group_events=group_events)
+        self._writer = Writer(writer, self._tail.push, self.sweeper.drop, blobs, group_events=group_events)
         self.dialect = writer.dialect.name
         """`sqlite` or `postgresql`."""
         self.queries = Queries(reader)
@@ -111,20 +114,28 @@ class EventStore:
         return self.submit(*events).result()
 
     def _put(self, waiter: Waiter, events: Sequence[NewEvent]) -> None:
+        written: list[BlobFile] = []
         try:
-            items = [self._item(new) for new in events]
+            items = [self._item(new, written) for new in events]
         except Exception as exc:  # noqa: BLE001 - handed to the waiter
             outcomes.deliver([(waiter, exc)])
+            self.sweeper.drop(written)
             return
         if items:
             self._writer.put(Entry(waiter, items))
         else:
             outcomes.deliver([(waiter, [])])
 
-    def _item(self, new: NewEvent) -> Item:
+    def _item(self, new: NewEvent, written: list[BlobFile]) -> Item:
+        """`written` gets the files that are made for it, also where it raises."""
         prepared = codec.prepare(new, partial(self._vault.seal, new.tenant) if self._encrypt else None)
+        refs: dict[str, BlobRef] = {}
         try:
-            refs = {name: BlobRef(self._blobs.put(data), len(data)) for name, data in prepared.blobs.items()}
+            for name, data in prepared.blobs.items():
+                digest, file = self._blobs.add(data)
+                refs[name] = BlobRef(digest, len(data), file)
+                if file is not None:
+                    written.append(file)
         except OSError as exc:
             log.error("the blob store did not take a write: %s", exc)
             raise StorageUnavailable("the blob store did not take the write") from exc

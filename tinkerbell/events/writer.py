@@ -14,8 +14,9 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from tinkerbell.errors import InvalidRequest, TinkerbellError, Unavailable
+from tinkerbell.errors import InvalidRequest, StorageUnavailable, TinkerbellError, Unavailable
 from tinkerbell.events import facts, leases, outcomes, stopped
+from tinkerbell.events.blobs import BlobFile, BlobStore
 from tinkerbell.events.codec import Prepared
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.leases import Claim, LeaseCall, Renewal
@@ -39,6 +40,8 @@ class BlobRef(msgspec.Struct, frozen=True):
 
     hash: bytes
     length: int
+    file: BlobFile | None = None
+    """What was written for it; None where it was there before."""
 
 
 class Item(msgspec.Struct, frozen=True):
@@ -46,6 +49,11 @@ class Item(msgspec.Struct, frozen=True):
 
     prepared: Prepared
     blobs: dict[str, BlobRef]
+
+    @property
+    def names_blobs(self) -> bool:
+        """Its own, or some that another event brought."""
+        return bool(self.blobs or self.prepared.new.shared)
 
 
 class Entry:
@@ -59,6 +67,11 @@ class Entry:
         self.lease_call = lease_call
         self.num_events = max(1, len(items))
         self.num_bytes = sum(item.prepared.num_bytes for item in items)
+
+    @property
+    def files(self) -> list[BlobFile]:
+        """That were written for it."""
+        return [ref.file for item in self.items for ref in item.blobs.values() if ref.file is not None]
 
 
 class _Group:
@@ -78,18 +91,23 @@ class _OutcomeUnknownError(Exception):
 
 
 class Writer:
-    """Owns the write connection. `on_commit` gets the events of each transaction after it is durable."""
+    """Owns the write connection. `on_commit` gets the events of each transaction after it is durable, `on_refused` the
+    files of submits that came to nothing."""
 
     def __init__(
         self,
         engine: sa.Engine,
         on_commit: Callable[[list[Recorded]], None],
+        on_refused: Callable[[Sequence[BlobFile]], None],
+        blobs: BlobStore,
         *,
         group_events: int = GROUP_EVENTS,
     ) -> None:
         self._engine = engine
         stopped.expect(engine)
         self._on_commit = on_commit
+        self._on_refused = on_refused
+        self._blobs = blobs
         self._group_events = group_events
         self._queue: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self._held: Entry | None = None
@@ -121,8 +139,9 @@ class Writer:
         while group := self._take():
             # A submit cancelled before this line never happened; from here on it cannot be cancelled.
             running = [entry for entry in group if outcomes.is_wanted(entry.waiter)]
-            if running:
-                self._write(running)
+            named = self._write(running) if running else set()
+            if files := [file for entry in group for file in entry.files if bytes.fromhex(file.digest) not in named]:
+                self._on_refused(files)
 
     def _take(self) -> list[Entry]:
         """The next group; empty when the store is closed and everything is written."""
@@ -146,7 +165,8 @@ class Writer:
             group.append(entry)
         return group
 
-    def _write(self, entries: list[Entry]) -> None:
+    def _write(self, entries: list[Entry]) -> set[bytes]:
+        """Hashes of the blobs that were written with what was admitted."""
         try:
             done = self._transact(entries)
         except _OutcomeUnknownError as exc:
@@ -154,19 +174,18 @@ class Writer:
             unknown = Unavailable("the database broke off while it committed; what was asked may have been done")
             unknown.__cause__ = exc.__cause__
             outcomes.deliver([(entry.waiter, unknown) for entry in entries])
-            return
+            return set()
         except Exception as exc:  # noqa: BLE001 - handed to the submitter, or tried again one by one
             if len(entries) > 1:
                 why = getattr(exc, "orig", exc)
                 log.warning("a group of %d submits was rolled back, writing them one by one: %s", len(entries), why)
-                for entry in entries:
-                    self._write([entry])
-            else:
-                outcomes.deliver([(entries[0].waiter, self._as_ours(exc))])
-            return
+                return {digest for entry in entries for digest in self._write([entry])}
+            outcomes.deliver([(entries[0].waiter, self._as_ours(exc))])
+            return set()
         if done.admitted:
             self._on_commit([admitted.recorded for admitted in done.admitted])
         outcomes.deliver(done.outcomes)
+        return set(done.lengths)
 
     def _transact(self, entries: list[Entry]) -> _Group:
         try:
@@ -234,8 +253,8 @@ class Writer:
 
     def _admit(self, group: _Group, entry: Entry, items: Sequence[Item], now_us: int) -> bool:
         """Admit all the items or none."""
-        # A single event changes nothing when it is refused.
-        state = group.state if len(items) == 1 else group.state.fork()
+        # A single event changes nothing when the rules refuse it.
+        state = group.state if len(items) == 1 and not items[0].names_blobs else group.state.fork()
         admitted: list[Admitted] = []
         recorded: list[Recorded] = []
         lengths: dict[bytes, int] = {}
@@ -245,6 +264,7 @@ class Writer:
                 hashes |= {name: ref.hash for name, ref in item.blobs.items()}
                 placed = admit(state, item.prepared, hashes, now_us)
                 if isinstance(placed, Admitted):
+                    self._require(placed.blobs)
                     admitted.append(placed)
                     lengths |= {ref.hash: ref.length for ref in item.blobs.values()}
                 recorded.append(placed.recorded if isinstance(placed, Admitted) else placed)
@@ -258,6 +278,12 @@ class Writer:
         if entry.lease_call is None:
             group.outcomes.append((entry.waiter, recorded))
         return True
+
+    def _require(self, blobs: dict[str, bytes]) -> None:
+        """Under the append lock, under which files are removed. Raises Unavailable."""
+        for name, digest in blobs.items():
+            if not self._blobs.exists(digest.hex()):
+                raise StorageUnavailable(f"the blob {digest.hex()} ({name}) is gone before its event; ask again")
 
     def _claim(self, connection: sa.Connection, group: _Group, entry: Entry, call: Claim, now_us: int) -> None:
         clock_us = leases.database_now_us(connection)

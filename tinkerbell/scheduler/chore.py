@@ -25,14 +25,22 @@ class Chore(ABC):
     def __init__(self, every_s: float | None) -> None:
         """`every_s`: after how many seconds something is due; None: never."""
         self._every_s = every_s
+        self.over = False
+        """The leadership is: what takes its time may stop in the middle."""
 
     async def run(self) -> None:
         """Until it is cancelled."""
         if self._every_s is None:
             return
+        try:
+            await self._run(self._every_s)
+        finally:
+            self.over = True
+
+    async def _run(self, every_s: float) -> None:
         while True:
             try:
-                await asyncio.to_thread(self.do, self._every_s)
+                await asyncio.to_thread(self.do, every_s)
             except TinkerbellError as exc:
                 self._count()
                 log.warning("%s detail=%s", self.put_off, exc)
@@ -40,7 +48,7 @@ class Chore(ABC):
                 # Nobody waits for this task: it would end unseen, and with it the chore until the next leader.
                 self._count()
                 log.exception(self.put_off)
-            await asyncio.sleep(min(max(self._every_s / PARTS, SHORTEST_PAUSE_S), LONGEST_PAUSE_S))
+            await asyncio.sleep(min(max(every_s / PARTS, SHORTEST_PAUSE_S), LONGEST_PAUSE_S))
 
     def _count(self) -> None:
         metrics.CHORE_FAILURES.labels(type(self).__name__).inc()

@@ -6,6 +6,7 @@ from tinkerbell.events.store import EventStore
 from tinkerbell.scheduler.chore import Chore
 from tinkerbell.scheduler.sealing import Sealer
 from tinkerbell.scheduler.session_expiry import SessionClearing, SessionExpiry
+from tinkerbell.scheduler.sweeping import Sweeping
 
 
 def chores_of(store: EventStore, lease: Lease, settings: Settings) -> list[Chore]:
@@ -15,4 +16,5 @@ def chores_of(store: EventStore, lease: Lease, settings: Settings) -> list[Chore
         Sealer(store, lease, None if every_h is None else every_h * 3600),
         SessionExpiry(store, lease, settings.session_expiry_s),
         SessionClearing(store, lease),
+        Sweeping(store, settings.orphan_grace_s),
     ]
