@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from tests.support import log
+from tests.support.waiting import PATIENCE_S
 from tinkerbell.cli.bench.postgres import ScratchPostgres
 from tinkerbell.config import Settings
 from tinkerbell.errors import Unavailable
@@ -101,7 +102,7 @@ def test_lost_connections_are_made_again(postgres: ScratchPostgres, postgres_url
         while error is not None:
             assert isinstance(error, Unavailable)
             error = store.submit(log.forward_backward(key=f"k{number}")).exception()
-    assert caught_up.wait(20)
+    assert caught_up.wait(PATIENCE_S)
     assert seen == list(range(1, 61))
     assert store.check().num_events == 60
     store.close()

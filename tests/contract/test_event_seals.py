@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tests.support import log
 from tests.support.life import live
 from tests.support.owner import as_owner, forge
-from tests.support.runs import eventually, serving
+from tests.support.runs import serving
+from tests.support.waiting import eventually
 from tinkerbell.config import Settings
 from tinkerbell.errors import Corrupt
 from tinkerbell.events import kinds, seals

@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from tests.support import log
+from tests.support.waiting import PATIENCE_S
 from tinkerbell.config import Settings
 from tinkerbell.errors import (
     AlreadyAnswered,
@@ -451,7 +452,7 @@ def test_many_threads_and_group_commit(database_settings: Settings) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert caught_up.wait(10)
+    assert caught_up.wait(PATIENCE_S)
     assert seen == list(range(1, 8 * 25 + 1))
     assert store.check().num_pending == 200
     store.close()

@@ -1,19 +1,20 @@
 """The HF executor against PEFT + torch.optim.AdamW on the real 135M model, fp32.
 
-What is compared to what. An fp32 reference is itself rounded: HF's full-vocabulary log_softmax in fp32 puts PEFT's
-own gradients 2e-5 to 6e-5 (relative, L2) away from the same computation in fp64. A bound of 1e-5 can therefore
-only be stated against fp64: PEFT in fp64, one adapter at a time, one sequence at a time, no padding. Both train
-freely for five steps and every loss is compared; gradients are compared at equal weights (the first step, and the
-fifth with the reference set to our weights), and more loosely along the free trajectories; the optimizer is
-compared by giving torch.optim.AdamW our gradients.
+What is compared to what. An fp32 reference is itself rounded, so ours is compared to PEFT in fp64, and may miss it by
+what PEFT in fp32 misses it by, times a factor: one adapter at a time, one sequence at a time, no padding. All three
+train freely for five steps; every loss and every gradient is compared, and those of the fifth step again with both
+references set to our weights. (AdamW divides by the gradient's own size, so along free trajectories rounding of an
+element near zero becomes a full-size difference of its weight.) The optimizer is compared by giving torch.optim.AdamW
+our gradients.
 """
 
 import pytest
 import torch
 
 from tests.support.hf_training import Bench, random_data, sequence
-from tests.support.peft_reference import Reference, relative
+from tests.support.peft_reference import Reference, adamw_steps
 from tests.support.real_model import real_model_directory
+from tests.support.rounding import assert_missed_like, assert_sum_missed_like
 from tinkerbell.executors.hf import model as hf_model
 from tinkerbell.types import AdamParams, Datum, LoraConfig
 
@@ -37,12 +38,7 @@ TEXTS = {
     "odd": ["Once upon a time there was a lighthouse keeper who collected the names of passing ships."],
 }
 
-BOUND = 1e-5
-"""Relative, L2 norm, against fp64 at the same weights."""
-
-DRIFT = 1e-4
-"""Relative, free-running: AdamW divides by the gradient's own size, so rounding of an element near zero becomes
-a full-size difference of its weight. PEFT in fp32 is about 1e-4 away from PEFT in fp64 after three steps here."""
+DTYPES = (torch.float32, torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -83,31 +79,33 @@ def test_five_steps_in_one_batch_equal_peft_alone(model: hf_model.LoadedModel, d
 
     for seed, (name, (lora, adam)) in enumerate(ADAPTERS.items()):
         fresh = Bench(model).add(name, lora, seed)
-        free = Reference(real_model_directory(), fresh, torch.float64, adam)
+        references = [Reference(real_model_directory(), fresh, dtype, adam) for dtype in DTYPES]
         for step in range(5):
-            loss = free.forward_backward(data[name])
-            assert losses[name][step] == pytest.approx(loss, rel=BOUND), (name, step)
-            assert relative(gradients[name][step], free.gradient()) < (DRIFT if step else BOUND), (name, step)
-            free.step()
+            assert_alike(references, data[name], losses[name][step], gradients[name][step], f"{name}, step {step}")
+            for reference in references:
+                reference.step()
         assert losses[name][4] < losses[name][0]
-        free.set_weights(weights[name][4])
-        assert losses[name][4] == pytest.approx(free.forward_backward(data[name]), rel=BOUND), name
-        assert relative(gradients[name][4], free.gradient()) < BOUND, name
+        for reference in references:
+            reference.set_weights(weights[name][4])
+        assert_alike(references, data[name], losses[name][4], gradients[name][4], f"{name}, step 4 at our weights")
         assert_steps_are_torch_adamw(adam, weights[name], gradients[name])
 
 
+def assert_alike(
+    references: list[Reference], data: list[Datum], loss: float, gradient: torch.Tensor, what: str
+) -> None:
+    """Our loss and gradient on the data, and those of PEFT with its present weights."""
+    rounded, exact = references
+    for reference in references:
+        reference.forward_backward(data)
+    assert_sum_missed_like(loss, rounded.terms, exact.terms, f"loss of {what}")
+    assert_missed_like(gradient, rounded.gradient(), exact.gradient(), f"gradient of {what}")
+
+
 def assert_steps_are_torch_adamw(adam: AdamParams, weights: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
-    """Given the same gradients, five steps of torch.optim.AdamW in fp64 make the same change."""
-    parameter = torch.nn.Parameter(weights[0].double())
-    optimizer = torch.optim.AdamW(
-        [parameter], lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay
-    )
-    for gradient in gradients:
-        parameter.grad = gradient.double()
-        if adam.grad_clip_norm:
-            torch.nn.utils.clip_grad_norm_([parameter], adam.grad_clip_norm)
-        optimizer.step()
-    assert relative(weights[-1] - weights[0], parameter.detach() - weights[0].double()) < BOUND
+    """Given the same gradients, as many steps of torch.optim.AdamW make the same change."""
+    rounded, exact = (adamw_steps(adam, weights[0].to(dtype), gradients) for dtype in DTYPES)
+    assert_missed_like(*(each.double() - weights[0].double() for each in (weights[-1], rounded, exact)))
 
 
 def test_bits_do_not_depend_on_company(model: hf_model.LoadedModel) -> None:

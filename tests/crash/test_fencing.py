@@ -17,8 +17,8 @@ import sqlalchemy as sa
 from tests.crash import history, lives, workload
 from tests.crash.history import History
 from tests.crash.lives import FAKE, NUM_STEPS, Counted, Crash, MakeSettings, Schedule, Site
-from tests.support.server import eventually
 from tests.support.slices import Portion
+from tests.support.waiting import eventually
 from tinkerbell.cli.process import ServerProcess
 from tinkerbell.config import Settings
 from tinkerbell.events import tables

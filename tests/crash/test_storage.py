@@ -17,7 +17,8 @@ import pytest
 from tests.crash import history, lives, workload
 from tests.crash.history import History
 from tests.crash.lives import FAKE, NUM_STEPS, Counted, MakeSettings, Schedule
-from tests.support.server import client_of, eventually, fake_server
+from tests.support.server import client_of, fake_server
+from tests.support.waiting import PATIENCE_S, eventually
 from tinkerbell.cli.bench.postgres import ScratchPostgres, find_binaries, scratch_postgres
 from tinkerbell.config import Settings
 from tinkerbell.events import schema
@@ -70,7 +71,7 @@ def test_postgres_restarts_under_load(
     def disturb() -> None:
         nonlocal num_restarts
         # Not before there is something to disturb.
-        eventually(lambda: len(seen.answers) > 3, 30)
+        eventually(lambda: len(seen.answers) > 3)
         while not done.is_set() and num_restarts < 3:
             restart_at_once(durable_postgres)
             num_restarts += 1
@@ -122,14 +123,14 @@ def test_a_full_disk_refuses_and_loses_nothing(small_disk: Path, counted: Counte
     ballast = small_disk / "ballast"
 
     def fill() -> None:
-        eventually(lambda: len(seen.answers) > 3, 30)
+        eventually(lambda: len(seen.answers) > 3)
         with httpx.Client(base_url=server.url, timeout=30) as probe:
             adapter = probe.post("/v1/adapters", json={"lora": {"rank": 1}}).json()["adapter_id"]
             with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
                 while True:
                     file.write(bytes(4096))
             try:
-                deadline = time.monotonic() + 20
+                deadline = time.monotonic() + PATIENCE_S
                 while time.monotonic() < deadline and len(refused) < 10:
                     small = probe.post("/v1/adapters", json={"lora": {"rank": 1}})
                     large = probe.post(f"/v1/adapters/{adapter}/fwdbwd", json={"data": large_data()})

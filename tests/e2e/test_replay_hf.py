@@ -12,6 +12,7 @@ from tinkerbell.cli.process import ServerProcess
 from tinkerbell.config import Settings
 from tinkerbell.replay import DatabaseLog, ExecutorChoice
 from tinkerbell.replay.log import blob_of
+from tinkerbell.scheduler.environments import tolerance_of
 from tinkerbell.sdk import Client, supervised
 
 STEPS = 3
@@ -57,7 +58,7 @@ def test_another_thread_count_is_named(recorded: Settings) -> None:
         report = replay.verify(log, "one", choice=ExecutorChoice(threads=2))
     assert [(each.fact, each.recorded, each.found) for each in report.differences] == [("threads", "1", "2")]
     assert report.verdict == "within tolerance" and report.num_compared > 0
-    assert report.deviations.loss < 1e-5
+    assert report.deviations.loss < tolerance_of("float32").loss(0)
 
 
 def test_a_state_is_an_adapter_directory(recorded: Settings, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from tests.support.server import client_of, fake_server
+from tests.support.waiting import PATIENCE_S
 from tinkerbell.cli.main import run
 from tinkerbell.errors import Compacted, Erased, Gone
 from tinkerbell.sdk import Client, Datum
@@ -21,7 +22,7 @@ def trained(client: Client, steps: int = 3) -> tuple[str, list[int], str]:
     futures = []
     for _ in range(steps):
         futures += [adapter.forward_backward(DATA).id, adapter.optim_step(learning_rate=0.05).id]
-    return adapter.id, futures, adapter.save().result(timeout=30).checkpoint_id
+    return adapter.id, futures, adapter.save().result(timeout=PATIENCE_S).checkpoint_id
 
 
 def command(capsys: pytest.CaptureFixture[str], data_dir: Path, *arguments: str) -> tuple[int, str, str]:
@@ -74,7 +75,7 @@ def test_a_compacted_log_goes_on_where_it_was(tmp_path: Path, capsys: pytest.Cap
         assert status == 1 and "stop it first" in err
         train = client.adapter(adapter)
         # One is done, two are not.
-        train.forward_backward(DATA).result(timeout=30)
+        train.forward_backward(DATA).result(timeout=PATIENCE_S)
         pending = [train.forward_backward(DATA).id for _ in range(2)]
         server.kill()
     shutil.copytree(data_dir, whole)
@@ -90,10 +91,10 @@ def test_a_compacted_log_goes_on_where_it_was(tmp_path: Path, capsys: pytest.Cap
     digests = []
     for directory in (whole, data_dir):
         with fake_server(directory, environment=often) as server, client_of(server) as client:
-            losses = [client.future(future).result(timeout=30).loss for future in pending]
+            losses = [client.future(future).result(timeout=PATIENCE_S).loss for future in pending]
             client.adapter(copy).forward_backward(DATA)
             steps = [client.adapter(each).optim_step(learning_rate=0.1) for each in (adapter, copy)]
-            digests.append((losses, [step.result(timeout=30).state_digest for step in steps]))
+            digests.append((losses, [step.result(timeout=PATIENCE_S).state_digest for step in steps]))
             if directory == data_dir:
                 with pytest.raises(Compacted, match="db compact"):
                     client.future(futures[0]).result(timeout=5)
@@ -112,13 +113,13 @@ def test_who_began_with_a_copy_needs_nothing_of_its_source(tmp_path: Path, capsy
             made = tinker.post("copy_weights", json=asked).raise_for_status().json()["tinker_path"]
             tinker.delete(f"training_runs/{adapter}/checkpoints/{path}").raise_for_status()
         (copy,) = [row for row in client.checkpoints() if made == f"tinker://{row.adapter_id}/{path}"]
-        client.adapter(adapter).remove().result(timeout=30)
+        client.adapter(adapter).remove().result(timeout=PATIENCE_S)
     status, _, err = command(capsys, data_dir, "db", "compact", "--older-than", "0h", "--yes")
     assert status == 0, err
     with fake_server(data_dir) as server, client_of(server) as client:
         began = client.add_lora(checkpoint=copy.id, with_optimizer=True)
         began.forward_backward(DATA)
-        assert began.optim_step(learning_rate=0.05).result(timeout=30).step == 4
+        assert began.optim_step(learning_rate=0.05).result(timeout=PATIENCE_S).step == 4
     assert command(capsys, data_dir, "audit", "verify")[0] == 0
     assert command(capsys, data_dir, "replay", "verify", began.id)[0] == 0
     assert command(capsys, data_dir, "replay", "export", began.id, "--out", str(exported))[0] == 0

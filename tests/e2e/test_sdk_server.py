@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.rounding import CLOSE
 from tests.support.server import fake_server
+from tests.support.waiting import PATIENCE_S
 from tinkerbell import wire
 from tinkerbell.cli.keys import create_key
 from tinkerbell.config import Settings
@@ -60,10 +62,10 @@ def test_outputs_of_a_forward(client: Client) -> None:
         assert (len(rows), len(rows[0])) == outputs.logits.shape == (len(datum.tokens), 256)
         for t, row in enumerate(rows):
             lse = outputs.logsumexp[t]
-            assert row[datum.targets[t]] - lse == pytest.approx(logprobs[t], abs=1e-5)
-            assert outputs.entropy[t] == pytest.approx(sum(math.exp(z - lse) * (lse - z) for z in row), abs=1e-5)
+            assert row[datum.targets[t]] - lse == pytest.approx(logprobs[t], abs=CLOSE)
+            assert outputs.entropy[t] == pytest.approx(sum(math.exp(z - lse) * (lse - z) for z in row), abs=CLOSE)
             assert outputs.top_tokens[t] == sorted(range(256), key=lambda v: (-row[v], v))[:3]
-            assert outputs.top_logprobs[t] == pytest.approx([row[v] - lse for v in outputs.top_tokens[t]], abs=1e-5)
+            assert outputs.top_logprobs[t] == pytest.approx([row[v] - lse for v in outputs.top_tokens[t]], abs=CLOSE)
     assert client.future(asked.id).result() == result
 
 
@@ -78,7 +80,7 @@ def test_several_targets_of_a_token(client: Client) -> None:
     assert found.logits is not None and found.logsumexp is not None
     rows = found.logits.rows()
     for i, (target, logprob) in enumerate(zip(data[0].targets, result.logprobs[0], strict=True)):
-        assert rows[i // 2, target] - found.logsumexp[i // 2] == pytest.approx(logprob, abs=1e-5)
+        assert rows[i // 2, target] - found.logsumexp[i // 2] == pytest.approx(logprob, abs=CLOSE)
     assert result.loss == pytest.approx(-sum(w * p for w, p in zip(weights, result.logprobs[0], strict=True)))
     assert adapter.optim_step().result().step == 1
     with pytest.raises(InvalidRequest, match="3 tokens and 6 targets; it must have as many times 3"):
@@ -110,11 +112,11 @@ def test_distributions_of_a_sample(client: Client) -> None:
         logits, lse = outputs.logits.rows(), outputs.logsumexp
         (first, second, third) = result.prompt_target_logprobs or []
         assert first == [None, None]
-        assert second == [pytest.approx(logits[0, 9] - lse[0], abs=1e-5), None]
-        assert third == [None, pytest.approx(logits[1, 3] - lse[1], abs=1e-5)]
+        assert second == [pytest.approx(logits[0, 9] - lse[0], abs=CLOSE), None]
+        assert third == [None, pytest.approx(logits[1, 3] - lse[1], abs=CLOSE)]
         drawn = zip(result.prompt_drawn_tokens or [], result.prompt_drawn_logprobs or [], strict=True)
         for n, (tokens, logprobs) in enumerate(drawn):
-            assert logprobs == pytest.approx([logits[n, token] - lse[n] for token in tokens], abs=1e-5)
+            assert logprobs == pytest.approx([logits[n, token] - lse[n] for token in tokens], abs=CLOSE)
         assert n == 1 and len(tokens) == 4
     base = client.sample([1], max_tokens=1, prompt_targets=[[5]]).result()
     assert base.prompt_target_logprobs == [[None]]
@@ -268,7 +270,7 @@ def test_a_full_queue_is_ridden_out(tmp_path: Path) -> None:
         with Client(server.url) as patient:
             futures = [patient.adapter(adapter.id).forward_backward(DATA) for _ in range(8)]
             assert len({future.id for future in futures}) == 8
-            patient.gather(*futures, timeout=60)
+            patient.gather(*futures, timeout=PATIENCE_S)
 
 
 def test_a_loop_rides_over_a_killed_server_and_nothing_is_done_twice(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.server import client_of, eventually, fake_server
+from tests.support.server import client_of, fake_server
+from tests.support.waiting import AT_ONCE_S, PATIENCE_S, eventually
 from tinkerbell.cli.main import run
 from tinkerbell.cli.process import ServerProcess
 from tinkerbell.errors import ServerError, Unauthorized
@@ -28,7 +29,7 @@ def test_starts_on_nothing_and_stops(tmp_path: Path) -> None:
         with client_of(server) as client:
             adapter = client.add_lora(rank=4, seed=1)
             adapter.forward_backward(DATA)
-            assert adapter.optim_step().result(timeout=30).step == 1
+            assert adapter.optim_step().result(timeout=PATIENCE_S).step == 1
     assert server.returncode == 0
     log = server.log_file.read_text()
     assert "Tinkerbell is ready." in log
@@ -57,16 +58,16 @@ def test_sigterm_with_a_stream_and_long_polls(tmp_path: Path) -> None:
                     streaming.set()
 
         clients = in_threads(*[poll] * 5, stream)
-        assert streaming.wait(10)
+        assert streaming.wait(PATIENCE_S)
         time.sleep(0.3)  # until the long polls have arrived
         executor = children(server.pid)
         assert executor
         began = time.monotonic()
         server.terminate()
-        assert server.wait(10.0) == 0, server.log_tail()
-        assert time.monotonic() - began < 5.0
+        assert server.wait(PATIENCE_S) == 0, server.log_tail()
+        assert time.monotonic() - began < AT_ONCE_S, "it waited for those who wait for it"
         for thread in clients:
-            thread.join(5.0)
+            thread.join(PATIENCE_S)
             assert not thread.is_alive()
         # Whoever waited was told how things stand, not cut off.
         assert [a.json()["state"] for a in answers if isinstance(a, httpx.Response)] == ["pending"] * 5
@@ -88,7 +89,7 @@ def test_sigterm_while_starting(tmp_path: Path) -> None:
     try:
         eventually(lambda: server.log_file.exists() and "starting the executor" in server.log_file.read_text())
         server.terminate()
-        assert server.wait(5.0) in (0, 143)
+        assert server.wait(PATIENCE_S) in (0, 143)
     finally:
         server.kill()
 
@@ -151,7 +152,7 @@ def test_top_needs_an_admin_for_everybodys_line(tmp_path: Path, capsys: pytest.C
     admin = capsys.readouterr().out.strip()
     with fake_server(tmp_path) as server:
         with client_of(server, alice) as client:
-            client.add_lora(rank=4, seed=1).forward_backward(DATA).result(timeout=30)
+            client.add_lora(rank=4, seed=1).forward_backward(DATA).result(timeout=PATIENCE_S)
         top = ["top", "--once", "--json", "--url", server.url, "--api-key"]
         assert run([*top, admin]) == 0
         tenants = {row["tenant"]: row for row in json.loads(capsys.readouterr().out)["tenants"]}

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.server import client_of, eventually, fake_server
+from tests.support.server import client_of, fake_server
+from tests.support.waiting import PATIENCE_S, eventually
 from tinkerbell.cli.main import run
 from tinkerbell.sdk import Adapter, Client, Datum
 
@@ -33,7 +34,7 @@ def ask(client: Client) -> tuple[list[Adapter], list[list[int]]]:
 
 def outcomes(client: Client, futures: Sequence[Sequence[int]]) -> list[list[object]]:
     """What each adapter was answered, in order: losses and logprobs, steps and state digests."""
-    return [[client.future(id).result(timeout=30) for id in of_adapter] for of_adapter in futures]
+    return [[client.future(id).result(timeout=PATIENCE_S) for id in of_adapter] for of_adapter in futures]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_restart_continues(how: str, tmp_path: Path, undisturbed: list[list[obje
         eventually(lambda: client.future(futures[0][3]).done())
         if how == "SIGTERM":
             server.terminate()
-            assert server.wait(5.0) == 0, server.log_tail()
+            assert server.wait(PATIENCE_S) == 0, server.log_tail()
         else:
             server.kill()
 
@@ -61,7 +62,7 @@ def test_restart_continues(how: str, tmp_path: Path, undisturbed: list[list[obje
         # An adapter goes on from where it was: one more step is step NUM_STEPS + 1.
         again = client.adapter(adapters[0].id)
         again.forward_backward(data(0, NUM_STEPS))
-        assert again.optim_step(learning_rate=0.05).result(timeout=30).step == NUM_STEPS + 1
+        assert again.optim_step(learning_rate=0.05).result(timeout=PATIENCE_S).step == NUM_STEPS + 1
     assert run(["audit", "verify", "--data-dir", str(tmp_path)]) == 0
 
 
@@ -83,7 +84,7 @@ def test_two_servers_on_one_file(tmp_path: Path, undisturbed: list[list[object]]
     with first, second, client_of(first) as one, client_of(second) as other:
         _, futures = ask(one)
         # Asked through the second server, computed by the first, which holds the lease.
-        assert other.future(futures[0][0]).result(timeout=30) == undisturbed[0][0]
+        assert other.future(futures[0][0]).result(timeout=PATIENCE_S) == undisturbed[0][0]
         first.kill()
         # The second takes over, whose holder it sees is gone.
         assert outcomes(other, futures) == undisturbed

@@ -5,7 +5,8 @@ from typing import Any
 
 import httpx
 
-from tests.support.server import eventually, fake_server
+from tests.support.server import fake_server
+from tests.support.waiting import eventually
 
 LORA = {"rank": 4, "seed": 1, "train_unembed": False, "train_mlp": True, "train_attn": True}
 
@@ -40,7 +41,7 @@ class Program:
 
 def test_the_adapter_of_a_program_that_vanished_makes_room(tmp_path: Path) -> None:
     config = tmp_path / "tinkerbell.toml"
-    config.write_text("session_expiry_s = 3.0\nidle_adapter_s = 3600.0\n[limits]\nmax_adapters = 1\n")
+    config.write_text("session_expiry_s = 6.0\nidle_adapter_s = 3600.0\n[limits]\nmax_adapters = 1\n")
     with fake_server(tmp_path / "data", "--config", str(config)) as server:
         vanishes, stays = Program(server.url), Program(server.url)
         assert vanishes.create(0).status_code == 200
@@ -52,7 +53,7 @@ def test_the_adapter_of_a_program_that_vanished_makes_room(tmp_path: Path) -> No
             assert stays.is_heard()
             return stays.create(0).status_code == 200
 
-        eventually(has_room, 60)
+        eventually(has_room)
         assert not vanishes.is_heard()
         loaded = stays.result("load_weights", model_id=f"{stays.session}:train:0", seq_id=1, path=path, optimizer=True)
         assert "error" not in loaded, loaded

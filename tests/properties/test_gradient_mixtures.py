@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.hf_training import Bench, floats
-from tests.support.peft_reference import Reference, relative
+from tests.support.peft_reference import Reference
+from tests.support.rounding import ALGEBRA, relative
 from tests.support.tiny_model import write_tiny_model
 from tinkerbell.executors.hf import model as hf_model
 from tinkerbell.losses.registry import resolve
@@ -69,10 +70,10 @@ def test_each_gradient_is_pefts(
             return loss.function(logprobs, wide, loss.config, [len(logprobs)])[0]
 
         reference = Reference(directory, bench.adapters[str(number)], torch.float64)
-        assert answer.loss == pytest.approx(reference.forward_backward(data[number], loss_of), rel=1e-10, abs=1e-10)
+        assert answer.loss == pytest.approx(reference.forward_backward(data[number], loss_of), rel=ALGEBRA, abs=ALGEBRA)
         expected = reference.gradient()
         if float(expected.norm()):
-            assert relative(bench.gradient(str(number)), expected) < 1e-10
+            assert relative(bench.gradient(str(number)), expected) < ALGEBRA
         else:
             # Every token was clipped.
             assert not bench.gradient(str(number)).any()

@@ -1,7 +1,7 @@
 """The reference: Hugging Face model + PEFT + torch.optim.AdamW, one adapter, one sequence at a time."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class Reference:
         )
         self.model: Any = quietly(get_peft_model, base, config).eval()
         self.parameters: list[torch.nn.Parameter] = []
+        self.terms = torch.zeros(0)
+        """What the last `forward_backward` added up, token by token unless its `loss_of` gave less."""
         found = dict(self.model.named_parameters())
         for name, pair in adapter.weights.pairs.items():
             for factor, ours in (("lora_A", pair.A), ("lora_B", pair.B)):
@@ -56,16 +58,17 @@ class Reference:
 
     def forward_backward(self, data: list[Datum], loss_of: LossOf | None = None) -> float:
         """Adds gradients; returns the summed loss. Default: weighted cross-entropy."""
-        total = 0.0
+        parts = []
         for datum in data:
             inputs = {
                 name: torch.from_numpy(np.frombuffer(array, "<f4").copy()) for name, array in datum.loss_inputs.items()
             }
             logprobs = self.forward(datum)
-            loss = loss_of(logprobs, inputs) if loss_of else -(logprobs * inputs.get("weights", 1.0)).sum()
-            loss.backward()
-            total += loss.item()
-        return total
+            terms = loss_of(logprobs, inputs) if loss_of else -(logprobs * inputs.get("weights", 1.0))
+            terms.sum().backward()
+            parts.append(terms.detach().reshape(-1))
+        self.terms = torch.cat(parts)
+        return sum(part.sum().item() for part in parts)
 
     def gradient(self) -> torch.Tensor:
         """[P] in the order of `Adapter`'s flat buffer."""
@@ -89,6 +92,20 @@ class Reference:
         self.optimizer.zero_grad()
 
 
+def adamw_steps(adam: AdamParams, start: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[P] after steps of torch.optim.AdamW in the dtype of `start` [P], one for each gradient."""
+    parameter = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.AdamW(
+        [parameter], lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay
+    )
+    for gradient in gradients:
+        parameter.grad = gradient.to(start.dtype, copy=True)
+        if adam.grad_clip_norm:
+            torch.nn.utils.clip_grad_norm_([parameter], adam.grad_clip_norm)
+        optimizer.step()
+    return parameter.detach()
+
+
 def quietly(make: Callable[..., Any], *args: Any) -> Any:
     """Call PEFT without its own deprecation warnings about transformers and its remarks on tied weights."""
     with warnings.catch_warnings():
@@ -99,8 +116,3 @@ def quietly(make: Callable[..., Any], *args: Any) -> Any:
 def _grad(parameter: torch.nn.Parameter) -> torch.Tensor:
     assert parameter.grad is not None
     return parameter.grad
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """|found - expected| / |expected| in the L2 norm, fp64."""
-    return float((found.double() - expected.double()).norm() / expected.double().norm())

@@ -3,11 +3,13 @@
 import random
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import msgspec
 
+from tests.support.waiting import PATIENCE_S
+from tests.support.waiting import eventually as eventually
 from tinkerbell.config import Settings
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import Body, ForwardBackwardBody, NewEvent, Recorded, SampleBody
@@ -36,14 +38,6 @@ def serving(store: EventStore, settings: Settings) -> Iterator[SchedulerService]
     finally:
         service.stop()
     assert service.failed is None
-
-
-def eventually(condition: Callable[[], bool], within_s: float = 20.0) -> None:
-    """Wait until the condition holds; fail if it does not in time."""
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {within_s:g} s"
-        time.sleep(0.002)
 
 
 class Asker:
@@ -84,7 +78,7 @@ class Asker:
         )
         return self.ask(kinds.SampleRequested(params=params, num_tokens=2), SampleBody(ints(1, 2), ints(3, -1, 4, 5)))
 
-    def wait(self, timeout_s: float = 60.0) -> list[Recorded]:
+    def wait(self, timeout_s: float = PATIENCE_S) -> list[Recorded]:
         """The results of everything asked, in the order of asking."""
         deadline = time.monotonic() + timeout_s
         found: list[Recorded] = []

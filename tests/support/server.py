@@ -1,10 +1,10 @@
 """Real server processes on the fake executor, for tests."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support.waiting import eventually as eventually
 from tinkerbell.cli.process import ServerProcess
 from tinkerbell.sdk import Client
 from tinkerbell.sdk.retry import RetryPolicy
@@ -30,11 +30,3 @@ def fake_client(data_dir: Path, *options: str, latency_us: int = 0) -> Iterator[
 def client_of(server: ServerProcess, key: str | None = None) -> Client:
     """A client that reports every failure at once."""
     return Client(server.url, key, retry=NO_RETRY)
-
-
-def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> None:
-    """Wait until the condition holds; fail if it does not in time."""
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {within_s:g} s"
-        time.sleep(0.02)

@@ -32,7 +32,7 @@ def test_every_call_that_is_served(sdk: Sdk, server: ServerProcess, way: str) ->
 def test_wrong_keys_are_refused_at_once(sdk: Sdk, tmp_path: Path) -> None:
     with fake_server(tmp_path / "keys", "--auth", "keys") as server:
         process = sdk.spawn([str(CLIENTS / "crowd.py")], server.url, key="tml-tb-k_nobody-0123456789abcdef")
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode != 0 and "AuthenticationError" in output and "not valid" in output
 
 
@@ -46,7 +46,7 @@ def test_other_releases_get_the_same_numbers(sdk: Sdk, tmp_path: Path) -> None:
         losses = expected["losses"]
         assert losses == sorted(losses, reverse=True) and losses[0] > 1.2 * losses[-1]
         process = replace(sdk, release="0.24.1").spawn([str(CLIENTS / "release.py")], server.url, model="fake")
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode != 0 and "install tinker>=0.25" in output, output[-3000:]
 
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from tests.support.rounding import CLOSE
 from tests.support.tiny_model import write_tiny_model
+from tests.support.waiting import PATIENCE_S
 from tinkerbell.cli.bench import gemm, plot, processes
 from tinkerbell.cli.bench.adamw import LOOP, TOGETHER, Steps
 from tinkerbell.cli.bench.cost import Cost, compare
@@ -62,7 +64,7 @@ def test_loads_are_prefixes_of_larger_ones(length: str) -> None:
 
 def test_variants_take_turns_and_the_least_counts() -> None:
     seen: list[str] = []
-    sleeps = iter([0.0, 0.05, 0.0, 0.02])
+    sleeps = iter([0.0, 0.5, 0.0, 0.02])
 
     def slow() -> None:
         seen.append("slow")
@@ -70,7 +72,7 @@ def test_variants_take_turns_and_the_least_counts() -> None:
 
     costs = compare({"slow": slow, "quick": lambda: seen.append("quick")}, 2)
     assert seen == ["slow", "quick"] * 2
-    assert costs["slow"].wall_s < 0.05 and costs["slow"].peak_bytes is None
+    assert costs["slow"].wall_s < 0.5 and costs["slow"].peak_bytes is None
     costs = compare({"slow": slow}, 2, fresh=lambda: seen.append("fresh"))
     assert seen[4:] == ["fresh", "slow", "slow"]
     assert costs["slow"].peak_bytes is not None
@@ -85,7 +87,9 @@ def test_a_turn_may_be_several_calls_in_a_row() -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are reset through Linux's /proc")
 def test_peak_memory_is_what_the_call_adds_at_most() -> None:
     """In a process of its own: how an allocator was set up before decides what it keeps of freed memory."""
-    ended = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
     assert ended.returncode == 0, ended.stderr
 
 
@@ -127,14 +131,14 @@ def test_cpu_seconds_of_a_process_and_its_children() -> None:
     script = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {burn + 'input()'!r}]).wait()"
     child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE)
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_S
         while processes.cpu_seconds(child.pid) < 0.3:
             assert time.monotonic() < deadline, "the grandchild's time is not counted"
             time.sleep(0.05)
         assert len(processes.family(child.pid)) == 2
         assert processes.peak_rss_bytes(child.pid) > 5 * 1024**2
     finally:
-        child.communicate(b"\n", timeout=30)
+        child.communicate(b"\n", timeout=PATIENCE_S)
     assert os.getpid() not in processes.family(os.getpid())[1:]
 
 
@@ -155,13 +159,13 @@ def test_peft_computes_what_ours_computes(model: Path) -> None:
     assert len(norms) == 3 and min(norms) > 0
     for variant in (peft.taking_turns, peft.padded, lambda load: peft.taking_turns(load, pad_to=256)):
         peft.reset()
-        assert variant(load) == pytest.approx(losses, rel=1e-6)
-        assert [gradient_norm(peft, tenant.adapter) for tenant in load] == pytest.approx(norms, rel=1e-4)
+        assert variant(load) == pytest.approx(losses, rel=CLOSE)
+        assert [gradient_norm(peft, tenant.adapter) for tenant in load] == pytest.approx(norms, rel=CLOSE)
     ours.reset()
     assert ours.together(load) == losses, "reset does not lead back to the beginning"
     first = load[0]
     ours.executor.create(first.adapter, first.lora, 0)
-    assert ours.together(load)[0] != pytest.approx(losses[0], rel=1e-4), "an untrained adapter has the same loss"
+    assert ours.together(load)[0] != pytest.approx(losses[0], rel=2 * CLOSE), "an untrained adapter has the same loss"
 
 
 def our_norms(ours: Ours, load: Any) -> list[float]:

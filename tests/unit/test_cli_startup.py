@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from tests.support.waiting import PATIENCE_S
+
 PROBE = """
 import sys
 from tinkerbell.cli.main import run
@@ -31,6 +33,6 @@ sys.exit(f"imported: {{sorted(heavy)}}" if heavy or status else 0)
 )
 def test_nothing_heavy(args: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROBE.format(args=args)], check=False, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", PROBE.format(args=args)], check=False, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.support.hf_training import Bench, random_data, sequence
+from tests.support.rounding import CLOSE, relative
 from tests.support.tiny_model import write_tiny_model
 from tinkerbell.executors.hf import model as hf_model
 from tinkerbell.executors.hf.gemm import Heights
@@ -104,7 +105,7 @@ def test_bits_do_not_depend_on_longer_company_where_rotary_tables_do(tmp_path: P
         short = bench.unit("short", random_data(1, (10,), 203))
         (alone,) = bench.train(short)
         together = bench.train(short, bench.unit("long", random_data(2, (60,), 203)))[0]
-        assert together == alone if exact else together.loss == pytest.approx(alone.loss, rel=1e-5)
+        assert together == alone if exact else together.loss == pytest.approx(alone.loss, rel=CLOSE)
 
 
 def test_a_fast_pass_differs_by_rounding_only(model: hf_model.LoadedModel) -> None:
@@ -118,8 +119,8 @@ def test_a_fast_pass_differs_by_rounding_only(model: hf_model.LoadedModel) -> No
         answers = bench.train(*(bench.unit(n, random_data(ord(n), TENANTS[n][1], vocab)) for n in TENANTS))
         found[exact] = [(answer, bench.gradient(name).clone()) for answer, name in zip(answers, TENANTS, strict=True)]
     for (exact_answer, exact_gradient), (answer, gradient) in zip(found[True], found[False], strict=True):
-        assert answer.loss == pytest.approx(exact_answer.loss, rel=1e-5)
-        assert float((gradient - exact_gradient).norm() / exact_gradient.norm()) < 1e-5
+        assert answer.loss == pytest.approx(exact_answer.loss, rel=CLOSE)
+        assert relative(gradient, exact_gradient) < CLOSE
 
 
 def test_packs_are_few_and_even(model: hf_model.LoadedModel) -> None:

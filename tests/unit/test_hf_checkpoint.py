@@ -1,6 +1,7 @@
 """Adapters to files and back, in the format PEFT reads as it is."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import msgspec
@@ -10,6 +11,7 @@ import torch
 
 from tests.support.hf_training import Bench, random_data
 from tests.support.peft_reference import quietly
+from tests.support.rounding import assert_missed_like
 from tests.support.tiny_model import write_tiny_model
 from tinkerbell.errors import InvalidRequest
 from tinkerbell.executors.hf import checkpoint
@@ -85,16 +87,17 @@ def test_peft_loads_it_as_it_is(bench: Bench, directory: Path, tmp_path: Path) -
     (tmp_path / "adapter_model.safetensors").write_bytes(state.weights)
     (tmp_path / "adapter_config.json").write_bytes(state.adapter_config)
     base = AutoModelForCausalLM.from_pretrained(str(directory))
-    peft = quietly(PeftModel.from_pretrained, base, str(tmp_path))
+    peft = quietly(PeftModel.from_pretrained, base, str(tmp_path)).eval()
     tokens = torch.arange(3, 20)
     plan = Pass(bounds=(0, 17), ranges=(RowRange(0, 17, bench.adapters["a"]),), attention=PackedCausal([17]))
     runtime = bench.model.runtime
     with torch.no_grad():
         expected = peft(input_ids=tokens[None]).logits[0]
+        exact = deepcopy(peft).double()(input_ids=tokens[None]).logits[0]
         with peft.disable_adapter():
             without = peft(input_ids=tokens[None]).logits[0]
         found = runtime.logits(runtime.hidden(tokens, torch.arange(17), plan), plan)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert_missed_like(found, expected, exact)
     assert (found - without).abs().max() > 1e-3, "the adapter changes nothing: the comparison is empty"
     config = json.loads(state.adapter_config)
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (6, 9, "LORA")

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.rounding import ALGEBRA
 from tinkerbell.executors.hf import gemm
 from tinkerbell.executors.hf.gemm import GRAIN, HEIGHTS, Heights, cuts, filled, mm_split, rows
 
@@ -27,7 +28,7 @@ def test_a_split_product_is_the_product() -> None:
     x = torch.randn(100, 36, dtype=torch.float64)
     weight = WEIGHTS[0].double()
     whole = torch.mm(x, weight.t())
-    assert torch.allclose(mm_split(x, weight.t(), (0, 1, 40, 100)), whole, rtol=1e-13, atol=1e-13)
+    assert torch.allclose(mm_split(x, weight.t(), (0, 1, 40, 100)), whole, rtol=ALGEBRA, atol=ALGEBRA)
     assert rows(x, 3, 9).data_ptr() % 64 == 0 and torch.equal(rows(x, 3, 9), x[3:9])
 
 
@@ -89,7 +90,10 @@ def test_heights_that_round_otherwise_are_found_out(monkeypatch: pytest.MonkeyPa
         ]
         return torch.cat(parts)
 
+    bad: set[int] = set()
     monkeypatch.setattr(gemm, "mm_split", other_sums)
+    if not Heights(WEIGHTS, HEAD).alike():
+        pytest.skip("no height but its own keeps a row's bits on this processor")
     bad = {64}
     assert not Heights(WEIGHTS, HEAD).alike()
     bad = {400}
@@ -100,6 +104,7 @@ def test_heights_that_round_otherwise_are_found_out(monkeypatch: pytest.MonkeyPa
 
 def test_each_number_of_threads_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
+    monkeypatch.setattr(gemm, "_places_alike", lambda *_: True)
     monkeypatch.setattr(gemm, "_cut_alike", lambda *_: bool(tried.append(torch.get_num_threads())) or True)
     before = torch.get_num_threads()
     heights = Heights(WEIGHTS, HEAD)

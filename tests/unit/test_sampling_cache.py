@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from tests.support.rounding import CLOSE
 from tinkerbell.executors.hf.kv_cache import BLOCK_TOKENS, Cache, DecodeAttention, Prefix, Store, slot_tokens
 
 LAYERS = 2
@@ -49,7 +50,7 @@ def run(sequences: list[Sequence], ends: list[int], store: Store) -> list[list[t
                 expected = scaled_dot_product_attention(
                     queries[row][None, :, None], keys, values, scale=0.3, enable_gqa=True
                 )
-                torch.testing.assert_close(out[0, row], expected[0, :, 0], atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(out[0, row], expected[0, :, 0], atol=CLOSE, rtol=CLOSE)
                 found[number].append(out[0, row].clone())
         attention.advance()
         for number in numbers:

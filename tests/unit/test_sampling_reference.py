@@ -10,6 +10,7 @@ import torch
 
 from tests.support.executor_driver import Driver, ints, nameless, random_data, read_floats, read_ints
 from tests.support.peft_reference import Reference
+from tests.support.rounding import ALGEBRA, EPS
 from tests.support.tiny_model import write_tiny_model
 from tinkerbell.executors.hf.executor import HFExecutor
 from tinkerbell.executors.hf.sampler import Sampler
@@ -78,7 +79,7 @@ def test_tokens_and_logprobs_are_those_of_full_forwards(
             logprobs = torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor(tokens[1:])[:, None]).squeeze(1)
             assert answer.prompt_logprobs is not None
             found = read_floats(answer.prompt_logprobs) + read_floats(sequence.logprobs)
-            np.testing.assert_allclose(found, logprobs.numpy(), atol=2e-6, rtol=0)
+            np.testing.assert_allclose(found, logprobs.numpy(), rtol=EPS, atol=ALGEBRA)
             if temperature == 0:
                 assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == read_ints(sequence.tokens)
 
@@ -109,13 +110,13 @@ def test_distributions_are_those_of_full_forwards(
             top = part.topk(k)
             assert tokens is not None and logprobs is not None
             assert read_ints(tokens) == top.indices.flatten().tolist()
-            np.testing.assert_allclose(read_floats(logprobs), top.values.flatten().numpy(), atol=2e-6, rtol=0)
+            np.testing.assert_allclose(read_floats(logprobs), top.values.flatten().numpy(), rtol=EPS, atol=ALGEBRA)
         asked = torch.tensor(targets[name])
         expected = torch.full(asked.shape, torch.nan, dtype=torch.float64)
         expected[1:] = torch.where(asked[1:] < 0, torch.nan, before.gather(1, asked[1:].clamp(0)))
         assert scores.target_logprobs is not None
         found = np.array(read_floats(scores.target_logprobs)).reshape(expected.shape)
-        np.testing.assert_allclose(found, expected.numpy(), atol=2e-6, rtol=0)
+        np.testing.assert_allclose(found, expected.numpy(), rtol=EPS, atol=ALGEBRA)
 
 
 @pytest.mark.parametrize("name", ["top_logprobs", "prompt_top_logprobs"])

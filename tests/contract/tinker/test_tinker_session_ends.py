@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -19,7 +19,7 @@ from tinkerbell.events.leases import Lease
 from tinkerbell.events.store import EventStore
 from tinkerbell.scheduler.session_expiry import SessionClearing, SessionExpiry
 
-EXPIRY_S = 2.0
+EXPIRY_S = 3600.0
 PROMPT = {"chunks": [{"type": "encoded_text", "tokens": [1, 2, 3]}]}
 SUCCESS = {"type": "success"}
 
@@ -53,6 +53,22 @@ def removals(store: EventStore) -> list[Recorded]:
     return store.read(types=["remove_lora.requested"])
 
 
+PassTime = Callable[[float], None]
+
+
+@pytest.fixture
+def pass_time(monkeypatch: pytest.MonkeyPatch) -> PassTime:
+    """Puts the clock forward by so many seconds, for all of this process."""
+    real, ahead_ns = time.time_ns, 0
+    monkeypatch.setattr(time, "time_ns", lambda: real() + ahead_ns)
+
+    def put_forward(seconds: float) -> None:
+        nonlocal ahead_ns
+        ahead_ns += round(seconds * 1e9)
+
+    return put_forward
+
+
 @pytest.fixture
 def hasty(settings: Settings, store: EventStore) -> Iterator[Tinker]:
     """Of a server whose sessions expire soon."""
@@ -63,7 +79,7 @@ def hasty(settings: Settings, store: EventStore) -> Iterator[Tinker]:
 
 @pytest.fixture
 def lease(store: EventStore) -> Lease:
-    found = store.acquire_lease("scheduler", "here", 3600.0)
+    found = store.acquire_lease("scheduler", "here", 100 * EXPIRY_S)
     assert found is not None
     return found
 
@@ -76,14 +92,16 @@ def expiry(store: EventStore, lease: Lease) -> SessionExpiry:
     return found
 
 
-def test_silence_ends_a_session_and_keeps_what_it_saved(hasty: Tinker, expiry: SessionExpiry) -> None:
+def test_silence_ends_a_session_and_keeps_what_it_saved(
+    hasty: Tinker, expiry: SessionExpiry, pass_time: PassTime
+) -> None:
     store = hasty.api.store
     silent, speaks, works, waits, ended = (hasty.session() for _ in range(5))
     models = {session: hasty.model(session) for session in (silent, works, waits)}
     path = hasty.saved(models[silent], 1)
     stepped = hasty.ok("optim_step", model_id=models[waits], seq_id=1, adam_params={"learning_rate": 0.1})
     assert hasty.post(f"sessions/{ended}/finish", reason={"type": "success"}).status_code == 204
-    time.sleep(EXPIRY_S)
+    pass_time(EXPIRY_S)
     hasty.saved(models[works], 1)
     assert hasty.post("session_heartbeat", session_id=speaks).status_code == 200
     num_events = store.head()
@@ -102,7 +120,7 @@ def test_silence_ends_a_session_and_keeps_what_it_saved(hasty: Tinker, expiry: S
     assert hasty.post("session_heartbeat", session_id=silent).status_code == 410
     assert hasty.post("session_heartbeat", session_id=speaks).status_code == 200
     status = {each["session_id"]: each["status"] for each in hasty.ok("sessions/search")["sessions"]}
-    assert status[silent] == {"type": "cancelled", "detail": "Nothing was heard of it for 2 s."}
+    assert status[silent] == {"type": "cancelled", "detail": f"Nothing was heard of it for {EXPIRY_S:g} s."}
     assert status[works] == {"type": "active"}
     refused = hasty.post("create_model", session_id=silent, model_seq_id=1, base_model="tiny", lora_config=LORA)
     assert refused.status_code == 400 and "start another one" in refused.text
@@ -117,10 +135,10 @@ def test_silence_ends_a_session_and_keeps_what_it_saved(hasty: Tinker, expiry: S
     store.check()
 
 
-def test_a_new_leader_listens_before_it_ends_sessions(hasty: Tinker, store: EventStore) -> None:
+def test_a_new_leader_listens_before_it_ends_sessions(hasty: Tinker, store: EventStore, pass_time: PassTime) -> None:
     session = hasty.session()
-    time.sleep(EXPIRY_S)
-    lease = store.acquire_lease("scheduler", "here", 3600.0)
+    pass_time(EXPIRY_S)
+    lease = store.acquire_lease("scheduler", "here", 100 * EXPIRY_S)
     assert lease is not None
     expiry = SessionExpiry(store, lease, EXPIRY_S)
     expiry.do(EXPIRY_S)
@@ -128,39 +146,41 @@ def test_a_new_leader_listens_before_it_ends_sessions(hasty: Tinker, store: Even
     assert row is not None and row.ended_us is None
 
 
-def test_a_leader_that_was_replaced_ends_nothing(hasty: Tinker, expiry: SessionExpiry) -> None:
+def test_a_leader_that_was_replaced_ends_nothing(hasty: Tinker, expiry: SessionExpiry, pass_time: PassTime) -> None:
     session, store = hasty.session(), hasty.api.store
-    time.sleep(EXPIRY_S)
+    pass_time(EXPIRY_S)
     held = expiry._lease
     store.release_lease(held)
-    assert store.acquire_lease("scheduler", "there", 3600.0) is not None
+    assert store.acquire_lease("scheduler", "there", 100 * EXPIRY_S) is not None
     expiry.do(EXPIRY_S)
     row = store.queries.session(OWNER, session)
     assert row is not None and row.ended_us is None
 
 
-def test_samples_of_the_base_model_keep_a_session_alive(hasty: Tinker, expiry: SessionExpiry) -> None:
+def test_samples_of_the_base_model_keep_a_session_alive(
+    hasty: Tinker, expiry: SessionExpiry, pass_time: PassTime
+) -> None:
     store = hasty.api.store
     samples, waits, silent = (hasty.session() for _ in range(3))
     of_it = {session: sampler_of(hasty, session) for session in (samples, waits, silent)}
     assert sample(hasty, of_it[waits]).status_code == 200
-    time.sleep(EXPIRY_S)
+    pass_time(EXPIRY_S)
     done = sample(hasty, of_it[samples]).json()
     answer(store, int(done["request_id"]))
     expiry.do(EXPIRY_S)
     assert [each.event.session for each in store.read(types=["session.ended"])] == [silent]
     answer_all(store)
-    time.sleep(EXPIRY_S)
+    pass_time(EXPIRY_S)
     expiry.do(EXPIRY_S)
     assert {each.event.session for each in store.read(types=["session.ended"])} == {samples, waits, silent}
 
 
 def test_who_speaks_up_while_others_are_ended_is_heard(
-    hasty: Tinker, expiry: SessionExpiry, monkeypatch: pytest.MonkeyPatch
+    hasty: Tinker, expiry: SessionExpiry, monkeypatch: pytest.MonkeyPatch, pass_time: PassTime
 ) -> None:
     store = hasty.api.store
     first, second = hasty.session(), hasty.session()
-    time.sleep(EXPIRY_S)
+    pass_time(EXPIRY_S)
     end = sessions.end
 
     def slow(*args: Any, **envelope: Any) -> int:
@@ -173,9 +193,9 @@ def test_who_speaks_up_while_others_are_ended_is_heard(
     assert hasty.post("session_heartbeat", session_id=second).status_code == 200
 
 
-def test_of_many_heartbeats_at_once_one_is_written(hasty: Tinker) -> None:
+def test_of_many_heartbeats_at_once_one_is_written(hasty: Tinker, pass_time: PassTime) -> None:
     session, api = hasty.session(), hasty.api
-    time.sleep(EXPIRY_S / 4)
+    pass_time(EXPIRY_S / 4)
     headers = {"X-API-Key": f"tml-{api.key(OWNER)}"}
 
     async def all_at_once() -> list[httpx.Response]:
