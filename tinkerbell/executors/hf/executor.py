@@ -1,6 +1,5 @@
 """HFExecutor: the executor port on a Hugging Face model in this process."""
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Annotated, Literal, TypeVar
@@ -61,7 +60,7 @@ class HFExecutor:
             extra = msgspec.convert(options.extra, Extra, strict=False)
         except msgspec.ValidationError as exc:
             raise InvalidRequest(f"options of the hf executor: {exc}") from exc
-        configure(options.threads or os.cpu_count() or 1)
+        configure(options.threads)
         model = load(options.model, dtype=extra.dtype, device=extra.device)
         self._runtime = model.runtime
         self._info = model.info
