@@ -42,7 +42,8 @@ demo: venv  ## four users fine-tune a real model at once; plots in demo-out/
 	$(BIN)/tinkerbell demo
 
 # Processes at once, each with a Postgres of its own. Tests of several threads ask for them; the others take one, or what
-# the variable says, and none waits by spinning on a core that the other process could use. ATEN_CPU_CAPABILITY=default or avx2 stands for other processors.
+# the variable says, and none waits by spinning on a core that the other process could use. For what other processors do:
+# ATEN_CPU_CAPABILITY=default make test, and =avx2.
 WORKERS ?= 2
 
 test: venv  ## run the tests, on SQLite and on a Postgres they start themselves; WORKERS=2 at once

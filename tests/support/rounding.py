@@ -25,6 +25,9 @@ CLOSE = 128 * EPS
 tests a few; so it serves as an absolute bound of those, too). Sums of hundreds of numbers, each rounded by half an EPS,
 in two orders."""
 
+NATS = 32 * CLOSE
+"""Two ways to a logprob of the real model, whose logits reach 32."""
+
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """|found - expected| / |expected| in the L2 norm, fp64."""
@@ -60,9 +63,7 @@ def assert_sum_missed_like(
     missed = float(np.abs(_array(reference) - terms).sum())
     bound = factor * max(missed, EPS * float(np.abs(terms).sum()))
     off = abs(found - float(terms.sum()))
-    assert off <= bound, (
-        f"{what}: the sum is off by {off:.3g}; the reference's terms by {missed:.3g}, {factor:g} x allowed"
-    )
+    assert off <= bound, f"{what}: a sum off by {off:.3g}; the reference's terms by {missed:.3g}, {factor:g} x allowed"
 
 
 def _misses(found: ArrayLike | torch.Tensor, exact: ArrayLike | torch.Tensor) -> tuple[float, float]:

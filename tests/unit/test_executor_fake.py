@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.support.executor_driver import Driver, datum, random_data, read_ints
+from tests.support.rounding import ALGEBRA
 from tinkerbell.errors import Corrupt, InvalidRequest
 from tinkerbell.executors.fake import FakeExecutor
 from tinkerbell.executors.port import Batch, ForwardBackwardDone, OptimStepDone, SampleDone
@@ -52,7 +53,7 @@ def test_the_gradient_is_the_slope_of_the_loss(loss: str) -> None:
         adapter.weights[k] = before - step
         below = value()
         adapter.weights[k] = before
-        assert adapter.gradient[k] == pytest.approx((above - below) / (2 * step), abs=1e-6)
+        assert adapter.gradient[k] == pytest.approx((above - below) / (2 * step), abs=step)
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.1])
@@ -73,8 +74,8 @@ def test_the_step_is_torchs_adamw(clip: float) -> None:
         optimizer.step()
         (done,) = driver.done(driver.optim_step(name, adam))
         assert isinstance(done, OptimStepDone)
-        assert done.grad_norm == pytest.approx(norm, rel=1e-12)
-        assert list(adapter.weights) == pytest.approx(parameter.tolist(), rel=1e-10, abs=1e-12)
+        assert done.grad_norm == pytest.approx(norm, rel=ALGEBRA)
+        assert list(adapter.weights) == pytest.approx(parameter.tolist(), rel=ALGEBRA, abs=ALGEBRA)
 
 
 def test_pretended_time_is_taken_and_reported() -> None:

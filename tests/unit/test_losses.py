@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.rounding import ALGEBRA, CLOSE
 from tinkerbell.errors import InvalidRequest
 from tinkerbell.executors import fake_losses
 from tinkerbell.losses import registry
@@ -54,9 +55,9 @@ def test_micro_batches_add(name: str) -> None:
         registry.evaluate(loss, LOGPROBS[part], {k: v[part] for k, v in inputs.items()}, [2])
         for part in (slice(0, 2), slice(2, 4))
     ]
-    assert sum(half.loss for half in halves) == pytest.approx(whole.loss, rel=1e-12)
+    assert sum(half.loss for half in halves) == pytest.approx(whole.loss, rel=ALGEBRA)
     for metric, total in whole.metrics.items():
-        assert sum(half.metrics[metric] for half in halves) == pytest.approx(total, rel=1e-12, abs=1e-12)
+        assert sum(half.metrics[metric] for half in halves) == pytest.approx(total, rel=ALGEBRA, abs=ALGEBRA)
     assert torch.equal(torch.cat([half.gradient for half in halves]), whole.gradient)
 
 
@@ -71,10 +72,10 @@ def test_importance_sampling() -> None:
     found = value("importance_sampling", POLICY | {"weights": WEIGHTS})
     ratio = [math.exp(0.2), math.exp(-0.5), 1.0, math.exp(0.5)]
     terms = [1.0 * ratio[0], 0.5 * ratio[1] * -2.0, 0.0, 2.0 * ratio[3] * 3.0]
-    assert found.loss == pytest.approx(-sum(terms), rel=1e-6)
-    assert found.gradient.tolist() == pytest.approx([-term for term in terms], rel=1e-6, abs=1e-12)
-    assert found.metrics["ratio_sum"] == pytest.approx(ratio[0] + 0.5 * ratio[1] + 2 * ratio[3], rel=1e-6)
-    assert found.metrics["kl_sum"] == pytest.approx(-0.2 + 0.5 * 0.5 + 2 * -0.5, rel=1e-6)
+    assert found.loss == pytest.approx(-sum(terms), rel=CLOSE)
+    assert found.gradient.tolist() == pytest.approx([-term for term in terms], rel=CLOSE, abs=ALGEBRA)
+    assert found.metrics["ratio_sum"] == pytest.approx(ratio[0] + 0.5 * ratio[1] + 2 * ratio[3], rel=CLOSE)
+    assert found.metrics["kl_sum"] == pytest.approx(-0.2 + 0.5 * 0.5 + 2 * -0.5, rel=CLOSE)
 
 
 def test_ppo_clips_only_where_it_lowers_the_objective() -> None:
@@ -83,8 +84,8 @@ def test_ppo_clips_only_where_it_lowers_the_objective() -> None:
     # 1.2214 > 1.2 with A > 0: clipped. 0.6065 < 0.8 with A < 0: clipped (-1.6 < -1.213). 1.0: plain. 1.6487: clipped.
     terms = [1.2, 0.8 * -2.0, 0.5, 1.2 * 3.0]
     assert ratio[0] > 1.2
-    assert found.loss == pytest.approx(-sum(terms), rel=1e-6)
-    assert found.gradient.tolist() == pytest.approx([0.0, 0.0, -0.5, 0.0], rel=1e-6)
+    assert found.loss == pytest.approx(-sum(terms), rel=CLOSE)
+    assert found.gradient.tolist() == pytest.approx([0.0, 0.0, -0.5, 0.0], rel=CLOSE)
     assert found.metrics["clipped_sum"] == 3.0
     assert found.metrics["num_tokens"] == 4.0
 
@@ -99,8 +100,8 @@ def test_cispo_keeps_the_gradient_of_what_it_clips() -> None:
     found = value("cispo", POLICY | {"weights": WEIGHTS}, clip_high_threshold=1.5)
     clipped = [math.exp(0.2), math.exp(-0.5), 1.0, 1.5]
     slopes = [-1.0 * clipped[0], -0.5 * clipped[1] * -2.0, 0.0, -2.0 * clipped[3] * 3.0]
-    assert found.gradient.tolist() == pytest.approx(slopes, rel=1e-6, abs=1e-12)
-    assert found.loss == pytest.approx(sum(s * x for s, x in zip(slopes, LOGPROBS.tolist(), strict=True)), rel=1e-6)
+    assert found.gradient.tolist() == pytest.approx(slopes, rel=CLOSE, abs=ALGEBRA)
+    assert found.loss == pytest.approx(sum(s * x for s, x in zip(slopes, LOGPROBS.tolist(), strict=True)), rel=CLOSE)
     assert found.metrics["clipped_sum"] == 2.0, "of the last token, whose weight is 2"
 
 
@@ -108,8 +109,8 @@ def test_dro() -> None:
     found = value("dro", POLICY, beta=0.5)
     away = [0.2, -0.5, 0.0, 0.5]
     rows = list(zip([1.0, -2.0, 0.5, 3.0], LOGPROBS.tolist(), away, strict=True))
-    assert found.loss == pytest.approx(-sum(a * x - 0.25 * d**2 for a, x, d in rows), rel=1e-6)
-    assert found.gradient.tolist() == pytest.approx([-(a - 0.5 * d) for a, _, d in rows], rel=1e-6)
+    assert found.loss == pytest.approx(-sum(a * x - 0.25 * d**2 for a, x, d in rows), rel=CLOSE)
+    assert found.gradient.tolist() == pytest.approx([-(a - 0.5 * d) for a, _, d in rows], rel=CLOSE)
 
 
 def test_gspo_has_one_ratio_for_a_sequence() -> None:
@@ -117,10 +118,10 @@ def test_gspo_has_one_ratio_for_a_sequence() -> None:
     loose = {"clip_low_threshold": 0.1, "clip_high_threshold": 10.0}
     found = value("gspo", POLICY | MASK, **loose)
     first, second = math.exp(0.2), math.exp((-0.5 + 0.5) / 2)
-    assert found.loss == pytest.approx(-(first * 1.0 + second * (-2.0 + 3.0)), rel=1e-6)
+    assert found.loss == pytest.approx(-(first * 1.0 + second * (-2.0 + 3.0)), rel=CLOSE)
     # d s / d logprob = s / 2 for each of the two tokens.
     expected = [-first, -second / 2, 0.0, -second / 2]
-    assert found.gradient.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    assert found.gradient.tolist() == pytest.approx(expected, rel=CLOSE, abs=ALGEBRA)
     assert found.metrics["weight_sum"] == 3.0
     tight = value("gspo", POLICY | MASK)
     assert tight.metrics["clipped_sum"] == 1.0 and tight.gradient[0] == 0.0
@@ -129,6 +130,10 @@ def test_gspo_has_one_ratio_for_a_sequence() -> None:
 def test_gspo_of_a_sequence_without_an_answer_is_nothing() -> None:
     found = value("gspo", POLICY | {"sequence_ratio_mask": torch.tensor([0.0, 1.0, 1.0, 1.0])})
     assert found.gradient[0] == 0.0 and math.isfinite(found.loss)
+
+
+SLOPE_STEP = 1e-6
+"""Differences of so small a step in fp64 are off by its square, and by roundings (1e-16) over it."""
 
 
 @pytest.mark.parametrize("name", sorted(set(BUILTIN_LOSSES) - {"cispo"}))
@@ -140,9 +145,9 @@ def test_gradients_are_slopes(name: str) -> None:
     found = registry.evaluate(loss, logprobs, inputs, [1, 3])
     for i in range(4):
         step = torch.zeros(4, dtype=torch.float64)
-        step[i] = 1e-6
+        step[i] = SLOPE_STEP
         above, below = (registry.evaluate(loss, logprobs + s, inputs, [1, 3]).loss for s in (step, -step))
-        assert found.gradient[i].item() == pytest.approx((above - below) / 2e-6, rel=1e-5, abs=1e-7)
+        assert found.gradient[i].item() == pytest.approx((above - below) / (2 * SLOPE_STEP), rel=CLOSE, abs=SLOPE_STEP)
 
 
 @pytest.mark.parametrize("name", BUILTIN_LOSSES)
@@ -152,9 +157,9 @@ def test_the_fake_executor_has_the_same(name: str) -> None:
     there = registry.evaluate(registry.resolve(spec), LOGPROBS, inputs, [4])
     lists = {key: array.double().tolist() for key, array in inputs.items()}
     here = fake_losses.evaluate(spec, LOGPROBS.double().tolist(), lists)
-    assert here.loss == pytest.approx(there.loss, rel=1e-12)
-    assert here.slopes == pytest.approx(there.gradient.tolist(), rel=1e-6, abs=1e-9)
-    assert here.metrics == pytest.approx(there.metrics, rel=1e-12, abs=1e-12)
+    assert here.loss == pytest.approx(there.loss, rel=ALGEBRA)
+    assert here.slopes == pytest.approx(there.gradient.tolist(), rel=CLOSE, abs=ALGEBRA)
+    assert here.metrics == pytest.approx(there.metrics, rel=ALGEBRA, abs=ALGEBRA)
 
 
 @settings(max_examples=60, deadline=None)
@@ -194,10 +199,10 @@ def test_a_sequence_is_the_same_among_others_and_in_the_fake_executor(
     if name == "gspo" and empty:
         assert not whole.gradient[: lengths[0]].any()
     slopes = [slope for fake in fakes for slope in fake.slopes]
-    assert slopes == pytest.approx(whole.gradient.tolist(), rel=1e-6, abs=1e-9)
-    assert math.fsum(fake.loss for fake in fakes) == pytest.approx(whole.loss, rel=1e-10, abs=1e-10)
+    assert slopes == pytest.approx(whole.gradient.tolist(), rel=CLOSE, abs=ALGEBRA)
+    assert math.fsum(fake.loss for fake in fakes) == pytest.approx(whole.loss, rel=ALGEBRA, abs=ALGEBRA)
     sums = {key: math.fsum(fake.metrics[key] for fake in fakes) for key in fakes[0].metrics}
-    assert sums == pytest.approx(whole.metrics, rel=1e-10, abs=1e-10)
+    assert sums == pytest.approx(whole.metrics, rel=ALGEBRA, abs=ALGEBRA)
 
 
 def test_unknown_names_are_refused() -> None:

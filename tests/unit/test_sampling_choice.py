@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.rounding import CLOSE
 from tinkerbell.executors.hf.sampling import choose, likeliest, normaliser, nucleus
 from tinkerbell.executors.randomness import uniform
 from tinkerbell.types import SamplingParams
@@ -148,7 +149,7 @@ def test_the_nucleus_of_a_large_vocabulary() -> None:
 def test_normaliser_is_log_sum_exp() -> None:
     logits = torch.randn(50_000, generator=torch.Generator().manual_seed(1)) * 5
     expected = float(torch.logsumexp(logits.double(), 0))
-    assert normaliser(logits) == pytest.approx(expected, abs=1e-6)
+    assert normaliser(logits) == pytest.approx(expected, abs=CLOSE)
     for bad in (math.nan, math.inf):
         logits[7] = bad
         assert not math.isfinite(normaliser(logits))
