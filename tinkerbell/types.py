@@ -36,6 +36,12 @@ def is_sampler(adapter: AdapterId) -> bool:
     return ":sample:" in adapter
 
 
+def session_of(adapter: AdapterId | None) -> SessionId | None:
+    """The session that an adapter's id begins with; None for an adapter of `/v1`, and for none."""
+    session, colon, _ = (adapter or "").partition(":")
+    return session if colon else None
+
+
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$(?!\n)")]
 """A name a person gives: 1 to 64 letters, digits, dots, dashes, underscores."""
 

@@ -50,9 +50,9 @@ def test_futures_and_queues(store: EventStore) -> None:
     store.append(log.sample_completed(bobs), log.failed(second))
     row = q.future("alice", second.position)
     assert row is not None and row.state == "failed"
-    assert q.recent_usage(0) == {"alice": (70, 5), "bob": (0, 4)}
-    assert q.recent_usage(0, "bob") == {"bob": (0, 4)}
-    assert q.recent_usage(done.at_us + 60_000_000) == {}
+    assert q.recent_usage(0, ["alice", "bob"]) == {"alice": (70, 5), "bob": (0, 4)}
+    assert q.recent_usage(0, ["bob"]) == {"bob": (0, 4)}
+    assert q.recent_usage(done.at_us + 60_000_000, ["alice", "bob"]) == {}
     assert [(u.adapter, u.kind, u.num_requests, u.tokens_in, u.tokens_out, u.cost_us) for u in q.usage()] == [
         ("ad_one", "add_lora", 1, 0, 0, 0),
         ("ad_one", "forward_backward", 1, 3, 0, 70),
@@ -61,8 +61,10 @@ def test_futures_and_queues(store: EventStore) -> None:
     ]
     assert q.usage("bob")[0].tenant == "bob" and len(q.usage("bob")) == 1
     assert q.tenants() == ["alice", "bob"]
-    assert q.run_counts("alice", "ad_one") == (3, 1, 5, 70)
-    assert q.run_counts("bob", "ad_one") == (0, 0, 0, 0)
+    assert q.usage(after=("alice", "ad_one", "forward_backward"), limit=1) == q.usage()[2:3]
+    assert q.served_us() == {"alice": 70, "bob": 0} and q.served_us("alice") == {"alice": 70}
+    assert q.run_counts("alice", ["ad_one"]) == {"ad_one": (3, 1, 5, 70)}
+    assert q.run_counts("bob", ["ad_one"]) == {"ad_one": (0, 0, 0, 0)}
 
 
 def test_adapters_and_checkpoints(store: EventStore) -> None:

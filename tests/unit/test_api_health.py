@@ -103,7 +103,7 @@ def test_every_answer_names_its_request(api: ApiDriver) -> None:
 
 
 def test_a_bug_is_logged_and_not_shown(api: ApiDriver, caplog: pytest.LogCaptureFixture) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("internal detail")
 
     api.store.queries.usage = broken  # type: ignore[method-assign,assignment]

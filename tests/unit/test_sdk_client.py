@@ -300,7 +300,7 @@ def test_lists_are_read_to_their_end() -> None:
     script = Script(httpx.Response(200, json=page(0, 1000)), httpx.Response(200, json=page(1000, 1)))
     with script.client() as client:
         assert [adapter.id for adapter in client.adapters()] == [f"ad_{n}" for n in range(1001)]
-    assert [request.url.params["offset"] for request in script.requests] == ["0", "1000"]
+    assert [request.url.params.get("after") for request in script.requests] == [None, "ad_999"]
 
 
 def event(position: int) -> str:

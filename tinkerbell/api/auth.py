@@ -102,7 +102,7 @@ class Gate:
             return False
         now = time.monotonic()
         if now >= self._keyless_until:
-            self._keyless = not await self._threads.run(LOCAL_TENANT, self._queries.keys)
+            self._keyless = not await self._threads.run(LOCAL_TENANT, self._queries.has_keys)
             self._keyless_until = now + CACHE_TTL_S
         return self._keyless
 

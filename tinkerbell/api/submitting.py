@@ -24,8 +24,6 @@ from tinkerbell.types import AdapterId, ModelInfo, SessionId, is_sampler
 RECENT_S = 60.0
 """Window of the speed that Retry-After is estimated from."""
 
-_LIVING = ("pending", "ready")
-
 _OF_SAMPLERS = ("sample", "remove_lora")
 """Kinds of requests to the adapter of a sampler."""
 
@@ -203,14 +201,13 @@ class Submitting:
         queries, tokens = self._context.store.queries, made.tokens
         limits = self._limits()
         if made.adapters:
-            rows = queries.adapters(self._tenant)
-            living = sum(row.state in _LIVING and not is_sampler(row.id) for row in rows)
+            living = queries.num_living_models(self._tenant)
             admission.check_adapters(limits, living + held.adapters)
         requests, pending_tokens = queries.pending_count(self._tenant)
         line = admission.Line(requests=requests + held.requests, tokens=pending_tokens + held.tokens)
         if not admission.fits(limits, line, tokens):
             since_us = time.time_ns() // 1000 - int(RECENT_S * 1e6)
-            _, recent_tokens = queries.recent_usage(since_us, self._tenant).get(self._tenant, (0, 0))
+            _, recent_tokens = queries.recent_usage(since_us, [self._tenant]).get(self._tenant, (0, 0))
             moving = msgspec.structs.replace(line, tokens_per_s=recent_tokens / RECENT_S)
             raise admission.refuse(limits, moving, tokens)
         return line.requests

@@ -174,14 +174,13 @@ class Server:
 
 def num_valid_keys(store: EventStore) -> int:
     """API keys that open something."""
-    keys = store.queries.keys()
-    return sum(key.revoked_us is None for key in keys)
+    return store.queries.num_valid_keys()
 
 
 def banner(settings: Settings, role: str, url: str | None, store: EventStore) -> str:
     """What a person needs to know of a server that has just come up."""
     environment = store.queries.environment()
-    if settings.auth == "off" or (settings.auth == "auto" and not store.queries.keys()):
+    if settings.auth == "off" or (settings.auth == "auto" and not store.queries.has_keys()):
         access = "this machine only, no keys (tinkerbell keys create TENANT makes the first)"
     else:
         access = f"API keys ({num_valid_keys(store)} valid)"

@@ -10,7 +10,7 @@ import msgspec
 from tinkerbell.events import kinds
 from tinkerbell.events.codec import canonical_json
 from tinkerbell.events.kinds import Recorded
-from tinkerbell.types import LoraConfig
+from tinkerbell.types import LoraConfig, session_of
 
 Key = tuple[Any, ...]
 Row = dict[str, Any]
@@ -31,10 +31,14 @@ KEYS: dict[str, tuple[str, ...]] = {
     "batches": ("id",),
     "erasures": ("tenant",),
     "removed_bulk": ("position",),
+    "totals": ("tenant", "adapter", "kind"),
+    "bills": ("tenant",),
 }
 """Primary key of each projection."""
 
 HOUR_US = 3_600_000_000
+
+_TOTALS = ("num_accepted", "num_failed", "tokens_accepted", "num_answered", "tokens_in", "tokens_out", "cost_us")
 
 
 class Put(msgspec.Struct, frozen=True):
@@ -217,7 +221,10 @@ def _request(recorded: Recorded, event: kinds.Request) -> list[Change]:
         "created_us": recorded.at_us,
         "done_us": None,
     }
-    changes: list[Change] = [Put("futures", (recorded.position,), values)]
+    changes: list[Change] = [
+        Put("futures", (recorded.position,), values),
+        _totals(cause_of(recorded), num_accepted=1, tokens_accepted=num_tokens_of(event)),
+    ]
     if isinstance(event, kinds.AddLoraRequested):
         changes.append(Put("adapters", (recorded.adapter,), _adapter(recorded, event)))
     elif recorded.seq is not None:
@@ -225,9 +232,14 @@ def _request(recorded: Recorded, event: kinds.Request) -> list[Change]:
     return changes
 
 
+def _totals(cause: Cause, **more: int) -> Add:
+    return Add("totals", (cause.tenant, cause.adapter or "", cause.kind), dict.fromkeys(_TOTALS, 0) | more)
+
+
 def _adapter(recorded: Recorded, event: kinds.AddLoraRequested) -> Row:
     return {
         "tenant": recorded.tenant,
+        "session": session_of(recorded.adapter),
         "name": event.name,
         "base_model": event.base_model,
         "base_hash": event.base_hash or None,
@@ -251,6 +263,7 @@ def _copied_run(recorded: Recorded, event: kinds.CheckpointCopied) -> Row:
     """It was never in memory, and is as one that has left it."""
     return {
         "tenant": recorded.tenant,
+        "session": session_of(recorded.adapter),
         "name": None,
         "base_model": event.base_model,
         "base_hash": event.base_hash or None,
@@ -291,6 +304,15 @@ def _result(recorded: Recorded, event: kinds.Result, cause: Cause) -> list[Chang
     changes: list[Change] = [
         Set("futures", (recorded.causation,), answered),
         Add("usage", (hour, cause.tenant, cause.adapter or "", cause.kind), used),
+        _totals(
+            cause,
+            num_failed=int(failed),
+            num_answered=1,
+            tokens_in=used["tokens_in"],
+            tokens_out=tokens_out,
+            cost_us=event.cost_us,
+        ),
+        Add("bills", (cause.tenant,), {"cost_us": event.cost_us}),
     ]
     effect = _effect(event)
     if cause.seq is not None:

@@ -1,23 +1,23 @@
 """Read-only questions to the projections. Whatever belongs to a tenant is asked for with the tenant."""
 
-import msgspec
+from collections.abc import Collection
+
 import sqlalchemy as sa
 
 from tinkerbell.events import kinds, reading
 from tinkerbell.events import tables as t
+from tinkerbell.events.adapter_queries import AdapterQueries
 from tinkerbell.events.base_model_queries import BaseModelQueries
-from tinkerbell.events.querying import columns, row_of, with_json
+from tinkerbell.events.querying import columns, row_of
 from tinkerbell.events.rows import (
-    AdapterRow,
     AnsweredRow,
-    CheckpointRow,
     FutureRow,
     KeyRow,
     TenantRow,
 )
 from tinkerbell.events.session_queries import SessionQueries
 from tinkerbell.events.usage_queries import UsageQueries
-from tinkerbell.types import SYSTEM_TENANT, CheckpointUse
+from tinkerbell.types import SYSTEM_TENANT
 
 # What every request asks is built once: building a statement costs more than running it.
 _FUTURE = sa.select(*columns(t.futures, FutureRow)).where(
@@ -34,7 +34,7 @@ _TENANT = sa.select(*columns(t.tenants, TenantRow)).where(t.tenants.c.tenant == 
 _NEWEST_ENVIRONMENT = sa.select(sa.func.max(t.environments.c.position))
 
 
-class Queries(BaseModelQueries, SessionQueries, UsageQueries):
+class Queries(AdapterQueries, BaseModelQueries, SessionQueries, UsageQueries):
     """Answers as of the last commit."""
 
     def __init__(self, engine: sa.Engine) -> None:
@@ -48,12 +48,13 @@ class Queries(BaseModelQueries, SessionQueries, UsageQueries):
         row = self._first(_FUTURE, id=id, tenant=tenant)
         return row_of(FutureRow, row) if row else None
 
-    def pending(self, tenant: str | None = None) -> list[FutureRow]:
-        """Requests without an answer, by position."""
-        query = sa.select(*columns(t.futures, FutureRow)).where(sa.text(t.PENDING)).order_by(t.futures.c.id)
+    def pending(self, tenant: str | None = None, *, after: int = 0, limit: int | None = None) -> list[FutureRow]:
+        """Requests without an answer with a position above `after`, by position."""
+        c = t.futures.c
+        query = sa.select(*columns(t.futures, FutureRow)).where(sa.text(t.PENDING), c.id > after).order_by(c.id)
         if tenant is not None:
-            query = query.where(t.futures.c.tenant == tenant)
-        return [row_of(FutureRow, row) for row in self._all(query)]
+            query = query.where(c.tenant == tenant)
+        return [row_of(FutureRow, row) for row in self._all(query.limit(limit))]
 
     def pending_count(self, tenant: str) -> tuple[int, int]:
         """(requests, tokens) of the tenant that wait for their answer."""
@@ -67,18 +68,21 @@ class Queries(BaseModelQueries, SessionQueries, UsageQueries):
         assert row is not None
         return int(row["before"])
 
-    def states(self, adapter: str, kind: str) -> list[str]:
-        """States of the adapter's requests of this kind, oldest first."""
-        c = t.futures.c
-        query = sa.select(c.state).where(c.adapter == adapter, c.kind == kind).order_by(c.id)
-        return [row["state"] for row in self._all(query)]
+    def attempts(self, tenant: str, adapter: str, kind: str) -> tuple[int, bool]:
+        """How many requests of this kind the adapter was asked, and whether one of them waits."""
+        c, f = t.totals.c, t.futures.c
+        asked = sa.select(c.num_accepted).where(c.tenant == tenant, c.adapter == adapter, c.kind == kind)
+        waiting = sa.select(f.id).where(f.tenant == tenant, f.adapter == adapter, f.kind == kind, sa.text(t.PENDING))
+        row = self._first(asked)
+        return (row["num_accepted"] if row else 0), self._first(waiting.limit(1)) is not None
 
-    def last_request_us(self, adapter: str) -> int | None:
-        """When the newest request of the adapter was accepted."""
-        c = t.futures.c
-        query = sa.select(c.created_us).where(c.adapter == adapter).order_by(c.id.desc()).limit(1)
-        row = self._first(query)
-        return int(row["created_us"]) if row else None
+    def last_requests_us(self, adapters: Collection[str]) -> dict[str, int]:
+        """Adapter -> when its newest request was accepted."""
+        a, f = t.adapters.c, t.futures.c
+        newest = sa.select(sa.func.max(f.id)).where(f.adapter == a.id).correlate(t.adapters).scalar_subquery()
+        ids = sa.select(newest).where(a.id.in_(adapters))
+        rows = self._all(sa.select(f.adapter, f.created_us).where(f.id.in_(ids)))
+        return {row["adapter"]: row["created_us"] for row in rows}
 
     def answered_samples(self, tenant: str, key_prefix: str, after: int, until: int, limit: int) -> list[AnsweredRow]:
         """The tenant's samples with such an idempotency key whose answers lie in (after, until], in order of these."""
@@ -101,49 +105,6 @@ class Queries(BaseModelQueries, SessionQueries, UsageQueries):
         )
         return [row_of(AnsweredRow, row) for row in self._all(query)]
 
-    # ---- adapters and checkpoints ------------------------------------------------------------------------------------
-
-    def adapter(self, tenant: str, id: str) -> AdapterRow | None:
-        """An adapter of the tenant, whatever its state."""
-        c = t.adapters.c
-        row = self._first(sa.select(*columns(t.adapters, AdapterRow)).where(c.id == id, c.tenant == tenant))
-        return msgspec.convert(with_json(row), AdapterRow) if row else None
-
-    def adapters(self, tenant: str | None = None) -> list[AdapterRow]:
-        """Adapters of the tenant (of all of them: None), oldest first."""
-        query = sa.select(*columns(t.adapters, AdapterRow)).order_by(t.adapters.c.created_us, t.adapters.c.id)
-        if tenant is not None:
-            query = query.where(t.adapters.c.tenant == tenant)
-        return [msgspec.convert(with_json(row), AdapterRow) for row in self._all(query)]
-
-    def checkpoint(self, tenant: str, id: str) -> CheckpointRow | None:
-        """A checkpoint of the tenant."""
-        c = t.checkpoints.c
-        row = self._first(sa.select(*columns(t.checkpoints, CheckpointRow)).where(c.id == id, c.tenant == tenant))
-        return msgspec.convert(with_json(row), CheckpointRow) if row else None
-
-    def checkpoints(self, tenant: str, adapter: str | None = None, kind: str | None = "save") -> list[CheckpointRow]:
-        """Checkpoints of the tenant, oldest first; `kind` None: the server's recovery points too."""
-        c = t.checkpoints.c
-        query = sa.select(*columns(t.checkpoints, CheckpointRow)).where(c.tenant == tenant).order_by(c.position)
-        if adapter is not None:
-            query = query.where(c.adapter == adapter)
-        if kind is not None:
-            query = query.where(c.kind == kind)
-        return [msgspec.convert(with_json(row), CheckpointRow) for row in self._all(query)]
-
-    def saved(self, tenant: str, adapter: str, use: CheckpointUse, name: str) -> CheckpointRow | None:
-        """The newest checkpoint of the adapter that was saved for this use under this name."""
-        c = t.checkpoints.c
-        query = (
-            sa.select(*columns(t.checkpoints, CheckpointRow))
-            .where(c.tenant == tenant, c.adapter == adapter, c.kind == "save", c.use == use, c.name == name)
-            .order_by(c.position.desc())
-            .limit(1)
-        )
-        row = self._first(query)
-        return msgspec.convert(with_json(row), CheckpointRow) if row else None
-
     # ---- tenants and keys --------------------------------------------------------------------------------------------
 
     def key(self, key_id: str) -> KeyRow | None:
@@ -158,16 +119,35 @@ class Queries(BaseModelQueries, SessionQueries, UsageQueries):
             query = query.where(t.api_keys.c.tenant == tenant)
         return [row_of(KeyRow, row) for row in self._all(query)]
 
+    def has_keys(self) -> bool:
+        """Whether any API key was ever made."""
+        return self._first(sa.select(t.api_keys.c.key_id).limit(1)) is not None
+
+    def num_valid_keys(self) -> int:
+        """API keys that open something."""
+        row = self._first(sa.select(sa.func.count().label("keys")).where(t.api_keys.c.revoked_us.is_(None)))
+        assert row is not None
+        return int(row["keys"])
+
     def tenant(self, tenant: str) -> TenantRow:
         """Share and limits of the tenant; the defaults if they were never set."""
         row = self._first(_TENANT, tenant=tenant)
         return row_of(TenantRow, row) if row else TenantRow(tenant=tenant)
 
+    def weights(self) -> dict[str, float]:
+        """Of tenants whose share was set."""
+        c = t.tenants.c
+        return {row["tenant"]: row["weight"] for row in self._all(sa.select(c.tenant, c.weight))}
+
     def tenants(self) -> list[str]:
         """Every tenant the log has an event of, by name, without the system's own."""
-        c = t.streams.c
-        query = sa.select(c.tenant).where(c.tenant != SYSTEM_TENANT).distinct().order_by(c.tenant)
-        return [row["tenant"] for row in self._all(query)]
+        # From one tenant to the next in the index: DISTINCT would read every event.
+        e = t.events.alias()
+        first = sa.select(sa.func.min(t.events.c.tenant).label("tenant")).cte("found", recursive=True)
+        following = sa.select(sa.func.min(e.c.tenant)).where(e.c.tenant > first.c.tenant).scalar_subquery()
+        found = first.union_all(sa.select(following).where(first.c.tenant.is_not(None)))
+        query = sa.select(found.c.tenant).where(found.c.tenant.is_not(None), found.c.tenant != SYSTEM_TENANT)
+        return sorted(row["tenant"] for row in self._all(query))
 
     # ---- the served model ---------------------------------------------------------------------------------------
 

@@ -8,9 +8,10 @@ from sqlalchemy import RowMapping
 
 from tinkerbell.events.codec import decode_event
 from tinkerbell.events.kinds import Recorded
+from tinkerbell.events.querying import unindexed
 from tinkerbell.events.rules import record
 from tinkerbell.events.state import Original
-from tinkerbell.events.tables import event_blobs, events
+from tinkerbell.events.tables import AUDITED, event_blobs, events
 
 T = TypeVar("T")
 IN_LIMIT = 5000
@@ -36,7 +37,8 @@ def page(
     """Events with a position above `after`, by position, at most `limit`."""
     query = sa.select(events).where(events.c.position > after)
     if tenant is not None:
-        query = query.where(events.c.tenant == tenant)
+        # An adapter has fewer events than its tenant.
+        query = query.where((events.c.tenant if adapter is None else unindexed(events.c.tenant)) == tenant)
     if adapter is not None:
         query = query.where(events.c.adapter == adapter)
     if types is not None:
@@ -62,6 +64,27 @@ def original(connection: sa.Connection, tenant: str, idempotency_key: str) -> Or
     rows = connection.execute(sa.select(events).where(mine)).mappings().all()
     found = zip(rows, decode_rows(connection, rows), strict=True)
     return next((Original(row["request_hash"], recorded) for row, recorded in found), None)
+
+
+def originals(connection: sa.Connection, tenant: str, idempotency_keys: Collection[str]) -> dict[str, Recorded]:
+    """Key -> the event that has it among the tenant's."""
+    found: dict[str, Recorded] = {}
+    for part in in_parts(idempotency_keys):
+        mine = (events.c.tenant == tenant) & events.c.idempotency_key.in_(part)
+        rows = connection.execute(sa.select(events).where(mine)).mappings().all()
+        for row, recorded in zip(rows, decode_rows(connection, rows), strict=True):
+            found[row["idempotency_key"]] = recorded
+    return found
+
+
+def audited(
+    connection: sa.Connection, tenant: str, types: Collection[str], span_us: tuple[int, int], limit: int
+) -> list[Recorded]:
+    """The tenant's events of AUDITED_TYPES, of these types, recorded in [begin, end), by time, at most `limit`."""
+    c, (begin_us, end_us) = events.c, span_us
+    query = sa.select(events).where(c.tenant == tenant, sa.text(AUDITED), c.type.in_(sorted(types)))
+    query = query.where(c.created_us >= begin_us, c.created_us < end_us).order_by(c.created_us, c.position)
+    return decode_rows(connection, connection.execute(query.limit(limit)).mappings().all())
 
 
 def at_positions(connection: sa.Connection, positions: Collection[int]) -> list[Recorded]:

@@ -1,5 +1,8 @@
 """Questions about sessions, samplers, and what they made."""
 
+from collections.abc import Collection
+from typing import Any
+
 import msgspec
 import sqlalchemy as sa
 
@@ -17,45 +20,59 @@ class SessionQueries(Querying):
         row = self._first(sa.select(*columns(t.sessions, SessionRow)).where(c.id == id, c.tenant == tenant))
         return msgspec.convert(with_json(row), SessionRow) if row else None
 
-    def sessions(self, tenant: str) -> list[SessionRow]:
-        """Sessions of the tenant, newest first."""
+    def sessions(
+        self, tenant: str, *, after: tuple[int, str] | None = None, offset: int = 0, limit: int | None = None
+    ) -> list[SessionRow]:
+        """Sessions of the tenant, newest first; `after`: created_us and id of the one before the first."""
         c = t.sessions.c
         query = sa.select(*columns(t.sessions, SessionRow)).where(c.tenant == tenant)
-        rows = self._all(query.order_by(c.created_us.desc(), c.id))
-        return [msgspec.convert(with_json(row), SessionRow) for row in rows]
+        if after is not None:
+            at_us, id = after
+            # The first condition is what the index is entered with.
+            query = query.where(c.created_us <= at_us, sa.or_(c.created_us < at_us, c.id > id))
+        return self._sessions(query.order_by(c.created_us.desc(), c.id).offset(offset).limit(limit))
+
+    def sessions_named(self, tenant: str, ids: Collection[str]) -> list[SessionRow]:
+        """Those of the tenant's sessions that have these ids."""
+        c = t.sessions.c
+        query = sa.select(*columns(t.sessions, SessionRow)).where(c.id.in_(ids), c.tenant == tenant)
+        # A planner that is shown an empty list may well read all sessions to find none.
+        return self._sessions(query) if ids else []
 
     def silent_sessions(self, before_us: int) -> list[SessionRow]:
         """Of all tenants, those that have not ended and did not say since then that they run, oldest first."""
         c = t.sessions.c
-        query = sa.select(*columns(t.sessions, SessionRow)).where(c.ended_us.is_(None), c.heard_us < before_us)
-        rows = self._all(query.order_by(c.created_us, c.id))
-        return [msgspec.convert(with_json(row), SessionRow) for row in rows]
+        query = sa.select(*columns(t.sessions, SessionRow)).where(sa.text(t.OPEN), c.heard_us < before_us)
+        return self._sessions(query.order_by(c.created_us, c.id))
 
     def living_adapters(self, tenant: str, session: str) -> list[AdapterRow]:
         """Adapters that a session of the tenant made and nobody removed, oldest first."""
         c = t.adapters.c
         query = sa.select(*columns(t.adapters, AdapterRow)).where(
-            c.tenant == tenant, c.id.startswith(f"{session}:", autoescape=True), c.state.in_(("pending", "ready"))
+            c.tenant == tenant, c.session == session, sa.text(t.LIVING)
         )
         rows = self._all(query.order_by(c.created_us, c.id))
         return [msgspec.convert(with_json(row), AdapterRow) for row in rows]
 
     def uncleared_sessions(self) -> list[SessionRow]:
         """Of all tenants, those that have ended and still have living adapters, oldest first."""
-        a, s = t.adapters.c, t.sessions.c
-        living = sa.select(a.id).where(a.id.startswith("se_", autoescape=True), a.state.in_(("pending", "ready")))
-        ids = {row["id"].partition(":")[0] for row in self._all(living)}
-        query = sa.select(*columns(t.sessions, SessionRow)).where(s.id.in_(ids), s.ended_us.is_not(None))
-        rows = self._all(query.order_by(s.created_us, s.id))
-        return [msgspec.convert(with_json(row), SessionRow) for row in rows]
+        s = t.sessions.c
+        living = sa.select(t.adapters.c.session).where(sa.text(t.LIVING))
+        query = sa.select(*columns(t.sessions, SessionRow)).where(s.id.in_(living), s.ended_us.is_not(None))
+        return self._sessions(query.order_by(s.created_us, s.id))
 
     def is_session_used(self, tenant: str, session: str, since_us: int) -> bool:
         """Whether a request to anything that the session of the tenant made was made since then, or still waits."""
-        f, e = t.futures.c, t.events.c
+        a, f, e = t.adapters.c, t.futures.c, t.events.c
         recent = sa.or_(f.created_us >= since_us, sa.text(t.PENDING))
-        for row in self.living_adapters(tenant, session):
-            if self._first(sa.select(f.id).where(f.adapter == row.id, recent).limit(1)) is not None:
-                return True
+        of_session = sa.select(a.id).where(a.tenant == tenant, a.session == session)
+        waits = sa.select(f.id).where(f.tenant == tenant, sa.text(t.PENDING), f.adapter.in_(of_session))
+        if self._first(waits.limit(1)) is not None:
+            return True
+        newest = sa.select(f.created_us).where(f.adapter == a.id).order_by(f.id.desc()).limit(1)
+        used = of_session.where(newest.correlate(t.adapters).scalar_subquery() >= since_us)
+        if self._first(used.limit(1)) is not None:
+            return True
         if all(sampler.checkpoint is not None for sampler in self.samplers(tenant, session)):
             return False
         # Samples of the base model have no adapter, but a key.
@@ -66,6 +83,11 @@ class SessionQueries(Querying):
             .where(e.idempotency_key.startswith(f"tinker:{session}:sample:", autoescape=True))
         )
         return self._first(query.limit(1)) is not None
+
+    def _sessions(self, query: sa.Select[*tuple[Any, ...]]) -> list[SessionRow]:
+        return [msgspec.convert(with_json(row), SessionRow) for row in self._all(query)]
+
+    # ---- samplers ----------------------------------------------------------------------------------------------------
 
     def sampler(self, tenant: str, id: str) -> SamplerRow | None:
         """A sampler of the tenant."""

@@ -44,11 +44,11 @@ def clear(store: EventStore, tenant: TenantId, session: SessionId, **envelope: A
     """
     asked = 0
     for row in store.queries.living_adapters(tenant, session):
-        states = store.queries.states(row.id, "remove_lora")
-        if "pending" in states:
+        attempts, waits = store.queries.attempts(tenant, row.id, "remove_lora")
+        if waits:
             continue
         try:
-            store.append(msgspec.structs.replace(_removal(row, len(states)), **envelope))
+            store.append(msgspec.structs.replace(_removal(row, attempts), **envelope))
         except NotFound:
             continue  # somebody removed it meanwhile
         asked += 1

@@ -174,6 +174,17 @@ class EventStore:
         with self._read_engine.connect() as connection:
             return reading.original(connection, tenant, idempotency_key)
 
+    def originals(self, tenant: str, idempotency_keys: Collection[str]) -> dict[str, Recorded]:
+        """Key -> the event that was recorded for it, of these of a tenant's keys that have one."""
+        with self._read_engine.connect() as connection:
+            return reading.originals(connection, tenant, idempotency_keys)
+
+    def audited(self, tenant: str, types: Collection[str], span_us: tuple[int, int], limit: int) -> list[Recorded]:
+        """At most `limit` of the tenant's events of these types, which are of tables.AUDITED_TYPES, recorded in
+        [begin, end), by time."""
+        with self._read_engine.connect() as connection:
+            return reading.audited(connection, tenant, types, span_us, limit)
+
     def head(self) -> int:
         """The last position; 0 for an empty log."""
         with self._read_engine.connect() as connection:

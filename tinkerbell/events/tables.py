@@ -46,6 +46,25 @@ TERMINAL = "type LIKE '%.completed' OR type LIKE '%.failed'"
 """SQL of `is the answer to a request`."""
 KEYED = "idempotency_key IS NOT NULL"
 PENDING = "state = 'pending'"
+LIVING = "state IN ('pending', 'ready')"
+MODELS = "id NOT LIKE '%:sample:%'"
+"""Adapters that are no sampler's."""
+SAVED = "kind = 'save'"
+KEPT = "kind = 'save' AND NOT deleted"
+OPEN = "ended_us IS NULL"
+AUDITED_TYPES = (
+    *("add_lora.requested", "bulk.compacted", "checkpoint.changed", "checkpoint.copied", "key.created", "key.revoked"),
+    *("load.requested", "remove_lora.requested", "sampler.created", "save.requested", "session.ended"),
+    *("session.started", "tenant.configured", "tenant.erased"),
+)
+"""Events that carry no data: who did what. To name more of them is to make the index anew."""
+AUDITED = f"type IN ({', '.join(repr(each) for each in AUDITED_TYPES)})"
+
+
+def _partial(name: str, *columns: str, where: str) -> Index:
+    """An index of the rows that meet a condition; a query that repeats the condition uses it."""
+    return Index(name, *columns, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
+
 
 # ---- the log: the only truth --------------------------------------------------------------------------------------
 
@@ -101,6 +120,7 @@ events = sa.Table(
     UniqueConstraint("stream", "stream_version"),
     Index(None, "tenant", "position"),
     Index(None, "adapter", "position"),
+    _partial("ix_events_audited", "tenant", "created_us", "position", where=AUDITED),
     Index(
         "uq_events_idempotency_key",
         "tenant",
@@ -173,8 +193,8 @@ futures = sa.Table(
     C("created_us", Big, nullable=False),
     C("done_us", Big),
     UniqueConstraint("adapter", "seq"),
-    Index("ix_futures_pending", "tenant", "id", sqlite_where=sa.text(PENDING), postgresql_where=sa.text(PENDING)),
-    Index(None, "done_us"),
+    _partial("ix_futures_pending", "tenant", "id", where=PENDING),
+    Index(None, "tenant", "done_us"),
     Index(None, "adapter", "id"),
     comment="Every request and its answer.",
 )
@@ -182,7 +202,8 @@ adapters = sa.Table(
     "adapters",
     metadata,
     C("id", Text, primary_key=True),
-    C("tenant", Text, nullable=False, index=True),
+    C("tenant", Text, nullable=False),
+    C("session", Text, index=True, comment="session that it was made in, if any"),
     C("name", Text),
     C("base_model", Text, nullable=False),
     C("base_hash", Text, comment="names the base model's weights; NULL: made by an older release"),
@@ -204,6 +225,9 @@ adapters = sa.Table(
     C("last_loss", Double, comment="per token, of the newest forward_backward"),
     C("state_digest", Text),
     C("created_us", Big, nullable=False),
+    Index(None, "tenant", "created_us", "id"),
+    _partial("ix_adapters_models", "tenant", "created_us", "id", where=MODELS),
+    _partial("ix_adapters_living", "tenant", "id", where=LIVING),
     comment="Every adapter there ever was.",
 )
 checkpoints = sa.Table(
@@ -229,13 +253,19 @@ checkpoints = sa.Table(
     C("deleted", Boolean, nullable=False, server_default=sa.false()),
     Index(None, "adapter", "after_seq"),
     Index(None, "tenant", "position"),
+    _partial("ix_checkpoints_saved", "tenant", "position", where=SAVED),
+    _partial("ix_checkpoints_saved_of_adapter", "tenant", "adapter", "position", where=SAVED),
+    _partial("ix_checkpoints_named", "tenant", "adapter", "use", "name", "position", where=SAVED),
+    # With what is counted and summed.
+    _partial("ix_checkpoints_kept", "tenant", "position", "expires_us", "use", "name", "num_bytes", where=KEPT),
+    _partial("ix_checkpoints_kept_of_adapter", "tenant", "adapter", "use", "position", "expires_us", where=KEPT),
     comment="Saved adapters: by their users, and the server's own recovery points.",
 )
 sessions = sa.Table(
     "sessions",
     metadata,
     C("id", Text, primary_key=True),
-    C("tenant", Text, nullable=False, index=True),
+    C("tenant", Text, nullable=False),
     C("client", Text, nullable=False, comment="library that asked, with its version"),
     C("display_name", Text),
     C("tags", Json),
@@ -243,6 +273,8 @@ sessions = sa.Table(
     C("created_us", Big, nullable=False),
     C("heard_us", Big, nullable=False, server_default="0", comment="when its program last said that it runs"),
     C("ended_us", Big),
+    Index(None, "tenant", "created_us", "id"),
+    _partial("ix_sessions_open", "heard_us", where=OPEN),
     comment="Programs of tenants; ids of what they made begin with the session's.",
 )
 samplers = sa.Table(
@@ -266,7 +298,30 @@ usage = sa.Table(
     C("tokens_in", Big, nullable=False),
     C("tokens_out", Big, nullable=False),
     C("cost_us", Big, nullable=False),
+    Index(None, "tenant", "hour_us"),
     comment="What was answered and what it cost, by the hour.",
+)
+totals = sa.Table(
+    "totals",
+    metadata,
+    C("tenant", Text, primary_key=True),
+    C("adapter", Text, primary_key=True, comment="empty: the base model"),
+    C("kind", Text, primary_key=True),
+    C("num_accepted", Big, nullable=False, comment="requests"),
+    C("num_failed", Big, nullable=False),
+    C("tokens_accepted", Big, nullable=False, comment="tokens of all of them"),
+    C("num_answered", Big, nullable=False, comment="of the requests, the failed ones too"),
+    C("tokens_in", Big, nullable=False, comment="tokens of the completed ones"),
+    C("tokens_out", Big, nullable=False, comment="tokens sampled"),
+    C("cost_us", Big, nullable=False),
+    comment="What was asked of each adapter, and what it cost, from the beginning.",
+)
+bills = sa.Table(
+    "bills",
+    metadata,
+    C("tenant", Text, primary_key=True),
+    C("cost_us", Big, nullable=False),
+    comment="What a tenant's requests cost, from the beginning.",
 )
 leases = sa.Table(
     "leases",
@@ -351,7 +406,7 @@ PROJECTIONS: dict[str, sa.Table] = {
     table.name: table
     for table in (
         *(futures, adapters, checkpoints, usage, leases, tenants, api_keys, environments, batches),
-        *(erasures, removed_bulk, sessions, samplers),
+        *(erasures, removed_bulk, sessions, samplers, totals, bills),
     )
 }
 """Tables that can be rebuilt from the log."""

@@ -41,7 +41,7 @@ def read_backlog(store: EventStore) -> Backlog:
         if recorded is None:
             raise Corrupt(f"event {row.id} is missing")
         requests.append(recorded)
-    weights = {tenant: store.queries.tenant(tenant).weight for tenant in store.queries.tenants()}
+    weights = store.queries.weights()
     return Backlog(head, requests, _ran(store, requests), _cancelled(store, requests), weights, _ended(store, requests))
 
 

@@ -131,7 +131,7 @@ class AsyncClient:
 
     async def usage(self, *, all_tenants: bool = False) -> list[wire.UsageRow]:
         """What you used, by adapter and kind of request; everybody's with an admin key."""
-        return await self.do(calls.usage(all_tenants))
+        return await self._all(partial(calls.usage, all_tenants))
 
     async def queue(self, *, all_tenants: bool = False) -> wire.Queue:
         """What waits and what was served lately: your own line, or every tenant's with an admin key."""
@@ -186,10 +186,10 @@ class AsyncClient:
         """
         return call.decode(await self._send(call, until))
 
-    async def _all(self, page: Callable[[int], Call[list[T]]]) -> list[T]:
+    async def _all(self, page: Callable[[T | None], Call[list[T]]]) -> list[T]:
         items: list[T] = []
         while True:
-            found = await self.do(page(len(items)))
+            found = await self.do(page(items[-1] if items else None))
             items += found
             if len(found) < calls.PAGE:
                 return items

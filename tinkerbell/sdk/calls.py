@@ -163,9 +163,9 @@ def future(id: int, wait_s: float) -> Call[wire.Future]:
     return _get(f"/v1/futures/{id}", wire.Future, params={"wait_s": f"{wait_s:.3f}"}, wait_s=wait_s)
 
 
-def adapters(offset: int) -> Call[list[wire.Adapter]]:
-    """GET /v1/adapters, one page"""
-    return _get("/v1/adapters", list[wire.Adapter], params=_page(offset))
+def adapters(last: wire.Adapter | None) -> Call[list[wire.Adapter]]:
+    """GET /v1/adapters, the page after this one"""
+    return _get("/v1/adapters", list[wire.Adapter], params=_page(None if last is None else last.id))
 
 
 def adapter(id: str) -> Call[wire.Adapter]:
@@ -173,10 +173,10 @@ def adapter(id: str) -> Call[wire.Adapter]:
     return _get(_adapter(id), wire.Adapter)
 
 
-def checkpoints(adapter: str | None, offset: int) -> Call[list[wire.Checkpoint]]:
-    """GET /v1/checkpoints or those of one adapter, one page"""
+def checkpoints(adapter: str | None, last: wire.Checkpoint | None) -> Call[list[wire.Checkpoint]]:
+    """GET /v1/checkpoints or those of one adapter, the page after this one"""
     path = "/v1/checkpoints" if adapter is None else f"{_adapter(adapter)}/checkpoints"
-    return _get(path, list[wire.Checkpoint], params=_page(offset))
+    return _get(path, list[wire.Checkpoint], params=_page(None if last is None else last.id))
 
 
 def checkpoint(id: str) -> Call[wire.Checkpoint]:
@@ -190,9 +190,9 @@ def download(id: str, with_optimizer: bool) -> Call[None]:
     return _get(path, type(None), params={"optimizer": "true"} if with_optimizer else None)
 
 
-def runs(offset: int) -> Call[list[wire.Run]]:
-    """GET /v1/runs, one page"""
-    return _get("/v1/runs", list[wire.Run], params=_page(offset))
+def runs(last: wire.Run | None) -> Call[list[wire.Run]]:
+    """GET /v1/runs, the page after this one"""
+    return _get("/v1/runs", list[wire.Run], params=_page(None if last is None else last.adapter.id))
 
 
 def run(adapter: str, after_step: int) -> Call[wire.Run]:
@@ -201,9 +201,10 @@ def run(adapter: str, after_step: int) -> Call[wire.Run]:
     return _get(f"/v1/runs/{_part(adapter)}", wire.Run, params=params)
 
 
-def usage(all_tenants: bool) -> Call[list[wire.UsageRow]]:
-    """GET /v1/usage"""
-    return _get("/v1/usage", list[wire.UsageRow], params=_scope(all_tenants))
+def usage(all_tenants: bool, last: wire.UsageRow | None) -> Call[list[wire.UsageRow]]:
+    """GET /v1/usage, the page after this row"""
+    key = None if last is None else f"{last.tenant}/{last.adapter_id or ''}/{last.kind}"
+    return _get("/v1/usage", list[wire.UsageRow], params=_scope(all_tenants) | _page(key))
 
 
 def queue(all_tenants: bool) -> Call[wire.Queue]:
@@ -234,8 +235,8 @@ def _get(path: str, answer: type[T], params: dict[str, str] | None = None, wait_
     return Call(method="GET", path=path, answer=answer, params=params or {}, wait_s=wait_s)
 
 
-def _page(offset: int) -> dict[str, str]:
-    return {"limit": str(PAGE), "offset": str(offset)}
+def _page(after: str | None) -> dict[str, str]:
+    return {"limit": str(PAGE)} | ({} if after is None else {"after": after})
 
 
 def _scope(all_tenants: bool) -> dict[str, str]:

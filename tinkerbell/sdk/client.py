@@ -134,7 +134,7 @@ class Client:
 
     def usage(self, *, all_tenants: bool = False) -> list[wire.UsageRow]:
         """What you used, by adapter and kind of request; everybody's with an admin key."""
-        return self.do(calls.usage(all_tenants))
+        return self._all(partial(calls.usage, all_tenants))
 
     def queue(self, *, all_tenants: bool = False) -> wire.Queue:
         """What waits and what was served lately: your own line, or every tenant's with an admin key."""
@@ -187,10 +187,10 @@ class Client:
         """
         return call.decode(self._send(call, until))
 
-    def _all(self, page: Callable[[int], Call[list[T]]]) -> list[T]:
+    def _all(self, page: Callable[[T | None], Call[list[T]]]) -> list[T]:
         items: list[T] = []
         while True:
-            found = self.do(page(len(items)))
+            found = self.do(page(items[-1] if items else None))
             items += found
             if len(found) < calls.PAGE:
                 return items

@@ -8,11 +8,24 @@ from tinkerbell import wire
 from tinkerbell.api import validation, views
 from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context
-from tinkerbell.api.paging import Limit, Offset, page
+from tinkerbell.api.paging import AfterId, Limit, Offset
 from tinkerbell.api.problems import problems
 from tinkerbell.api.submissions import Submitter
+from tinkerbell.events.rows import AdapterRow
+from tinkerbell.types import AdapterId, TenantId
 
 _TAGS = ["adapters"]
+
+
+def page_of_adapters(
+    context: Context, tenant: TenantId, after: AdapterId | None, offset: int, limit: int
+) -> list[AdapterRow]:
+    """Oldest first. Blocking. Raises NotFound for an `after` that is no adapter of the tenant."""
+    queries = context.store.queries
+    last = None if after is None else queries.adapter(tenant, validation.adapter_id(after))
+    if after is not None and last is None:
+        raise validation.no_adapter(after)
+    return queries.adapters(tenant, after=last, offset=offset, limit=limit)
 
 
 @post(
@@ -29,16 +42,20 @@ async def add_lora(data: JSONBody[wire.AddLora], submitter: NamedDependency[Subm
     return await submitter.add_lora(data)
 
 
-@get("/adapters", operation_id="list_adapters", summary="Your adapters", tags=_TAGS, responses=problems())
+@get("/adapters", operation_id="list_adapters", summary="Your adapters", tags=_TAGS, responses=problems(404))
 async def list_adapters(
     context: NamedDependency[Context],
     principal: NamedDependency[Principal],
     limit: Limit = 1000,
     offset: Offset = 0,
+    after: AfterId = None,
 ) -> list[wire.Adapter]:
-    """Removed and failed ones as well; `state` tells."""
-    rows = await context.read(principal.tenant, context.store.queries.adapters, principal.tenant)
-    return [views.adapter(row) for row in page(rows, limit, offset)]
+    """Oldest first; removed and failed ones as well: `state` tells."""
+
+    def read() -> list[AdapterRow]:
+        return page_of_adapters(context, principal.tenant, after, offset, limit)
+
+    return [views.adapter(row) for row in await context.read(principal.tenant, read)]
 
 
 @get(

@@ -12,11 +12,12 @@ from tinkerbell import wire
 from tinkerbell.api import archive, validation, views
 from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context
-from tinkerbell.api.paging import Limit, Offset, page
+from tinkerbell.api.paging import AfterId, Limit, Offset
 from tinkerbell.api.problems import problems
 from tinkerbell.api.submissions import Submitter
 from tinkerbell.errors import InvalidRequest
 from tinkerbell.events.rows import CheckpointRow
+from tinkerbell.types import TenantId
 
 _TAGS = ["checkpoints"]
 
@@ -64,6 +65,7 @@ async def list_checkpoints_of_adapter(
     principal: NamedDependency[Principal],
     limit: Limit = 1000,
     offset: Offset = 0,
+    after: AfterId = None,
 ) -> list[wire.Checkpoint]:
     """Oldest first."""
 
@@ -71,9 +73,10 @@ async def list_checkpoints_of_adapter(
         queries = context.store.queries
         if queries.adapter(principal.tenant, validation.adapter_id(adapter_id)) is None:
             raise validation.no_adapter(adapter_id)
-        return queries.checkpoints(principal.tenant, adapter_id)
+        last = None if after is None else _saved(context, principal.tenant, after)
+        return queries.checkpoints(principal.tenant, adapter_id, after=last, offset=offset, limit=limit)
 
-    return [views.checkpoint(row) for row in page(await context.read(principal.tenant, read), limit, offset)]
+    return [views.checkpoint(row) for row in await context.read(principal.tenant, read)]
 
 
 @get(
@@ -81,27 +84,33 @@ async def list_checkpoints_of_adapter(
     operation_id="list_checkpoints",
     summary="Your checkpoints",
     tags=_TAGS,
-    responses=problems(),
+    responses=problems(404),
 )
 async def list_checkpoints(
     context: NamedDependency[Context],
     principal: NamedDependency[Principal],
     limit: Limit = 1000,
     offset: Offset = 0,
+    after: AfterId = None,
 ) -> list[wire.Checkpoint]:
     """Oldest first, of all adapters, also of removed ones."""
-    rows = await context.read(principal.tenant, context.store.queries.checkpoints, principal.tenant)
-    return [views.checkpoint(row) for row in page(rows, limit, offset)]
+
+    def read() -> list[CheckpointRow]:
+        last = None if after is None else _saved(context, principal.tenant, after)
+        return context.store.queries.checkpoints(principal.tenant, after=last, offset=offset, limit=limit)
+
+    return [views.checkpoint(row) for row in await context.read(principal.tenant, read)]
 
 
-async def _row(context: Context, principal: Principal, checkpoint_id: str) -> CheckpointRow:
-    queries = context.store.queries
-    row = await context.read(
-        principal.tenant, queries.checkpoint, principal.tenant, validation.checkpoint_id(checkpoint_id)
-    )
+def _saved(context: Context, tenant: TenantId, checkpoint_id: str) -> CheckpointRow:
+    row = context.store.queries.checkpoint(tenant, validation.checkpoint_id(checkpoint_id))
     if row is None or row.kind != "save":
         raise validation.no_checkpoint(checkpoint_id)
     return row
+
+
+async def _row(context: Context, principal: Principal, checkpoint_id: str) -> CheckpointRow:
+    return await context.read(principal.tenant, _saved, context, principal.tenant, checkpoint_id)
 
 
 @get(

@@ -72,9 +72,14 @@ async def list_futures(
     limit: Limit = 100,
 ) -> list[wire.Future]:
     """In the order they were accepted; the next page is `after` the last id."""
-    rows = await context.read(principal.tenant, context.store.queries.pending, principal.tenant)
-    numbered = [(place, row) for place, row in enumerate(rows) if row.id > after]
-    return [views.future(row, place=place) for place, row in numbered[:limit]]
+
+    def read() -> list[wire.Future]:
+        queries = context.store.queries
+        rows = queries.pending(principal.tenant, after=after, limit=limit)
+        first = queries.place(principal.tenant, rows[0].id) if rows else 0
+        return [views.future(row, place=place) for place, row in enumerate(rows, first)]
+
+    return await context.read(principal.tenant, read)
 
 
 router = Router(path="/", route_handlers=[show_future, list_futures])

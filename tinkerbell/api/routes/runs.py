@@ -13,21 +13,28 @@ from tinkerbell import wire
 from tinkerbell.api import validation, views
 from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context
-from tinkerbell.api.paging import MAX_POSITION, Limit, Offset, page
+from tinkerbell.api.paging import MAX_POSITION, AfterId, Limit, Offset
 from tinkerbell.api.problems import problems
-from tinkerbell.errors import Forbidden
-from tinkerbell.events.rows import AdapterRow
+from tinkerbell.api.routes.adapters import page_of_adapters
+from tinkerbell.errors import Forbidden, InvalidRequest
+from tinkerbell.events.rows import AdapterRow, RunCounts
 from tinkerbell.types import ModelInfo, TenantId
 
 RECENT_S = 60.0
 """Window of the queue's `recent` numbers."""
 
 AfterStep = Annotated[int, QueryParameter(ge=0, le=MAX_POSITION, description="Only points of later steps.")]
+AfterUsage = Annotated[
+    str | None,
+    QueryParameter(
+        name="after",
+        description="`tenant/adapter/kind` of the last row of the page before; the base model's adapter is empty.",
+    ),
+]
 AllTenants = Annotated[bool, QueryParameter(description="Every tenant's; needs an admin key.")]
 
 
-def _run(context: Context, row: AdapterRow, points: list[wire.RunPoint]) -> wire.Run:
-    counts = context.store.queries.run_counts(row.tenant, row.id)
+def _run(row: AdapterRow, counts: RunCounts, points: list[wire.RunPoint]) -> wire.Run:
     return wire.Run(
         adapter=views.adapter(row),
         num_requests=counts.num_requests,
@@ -38,18 +45,20 @@ def _run(context: Context, row: AdapterRow, points: list[wire.RunPoint]) -> wire
     )
 
 
-@get("/runs", operation_id="list_runs", summary="Your runs", tags=["runs"], responses=problems())
+@get("/runs", operation_id="list_runs", summary="Your runs", tags=["runs"], responses=problems(404))
 async def list_runs(
     context: NamedDependency[Context],
     principal: NamedDependency[Principal],
     limit: Limit = 100,
     offset: Offset = 0,
+    after: AfterId = None,
 ) -> list[wire.Run]:
-    """One for each adapter, without points."""
+    """One for each adapter, oldest first, without points."""
 
     def read() -> list[wire.Run]:
-        rows = page(context.store.queries.adapters(principal.tenant), limit, offset)
-        return [_run(context, row, []) for row in rows]
+        rows = page_of_adapters(context, principal.tenant, after, offset, limit)
+        counts = context.store.queries.run_counts(principal.tenant, [row.id for row in rows])
+        return [_run(row, counts[row.id], []) for row in rows]
 
     return await context.read(principal.tenant, read)
 
@@ -70,18 +79,25 @@ async def show_run(
         if row is None:
             raise validation.no_adapter(adapter_id)
         points = queries.run_points(principal.tenant, adapter_id, after_step, limit)
-        return _run(context, row, [views.run_point(point) for point in points])
+        counts = queries.run_counts(principal.tenant, [row.id])[row.id]
+        return _run(row, counts, [views.run_point(point) for point in points])
 
     return await context.read(principal.tenant, read)
 
 
 @get("/usage", operation_id="show_usage", summary="What was used", tags=["usage"], responses=problems())
 async def show_usage(
-    context: NamedDependency[Context], principal: NamedDependency[Principal], all_tenants: AllTenants = False
+    context: NamedDependency[Context],
+    principal: NamedDependency[Principal],
+    all_tenants: AllTenants = False,
+    limit: Limit = 1000,
+    after: AfterUsage = None,
 ) -> list[wire.UsageRow]:
     """By adapter and kind of request: tokens, and accelerator microseconds, which sum to the time it was
     busy."""
-    rows = await context.read(principal.tenant, context.store.queries.usage, _scope(principal, all_tenants))
+    last = None if after is None else _usage_key(after)
+    tenant = _scope(principal, all_tenants)
+    rows = await context.read(principal.tenant, context.store.queries.usage, tenant, after=last, limit=limit)
     return [views.usage_row(row) for row in rows]
 
 
@@ -104,6 +120,14 @@ async def list_models(context: NamedDependency[Context], principal: NamedDepende
     return [model]
 
 
+def _usage_key(text: str) -> tuple[str, str, str]:
+    match text.split("/"):
+        case [tenant, adapter, kind]:
+            return tenant, adapter, kind
+        case _:
+            raise InvalidRequest(f"after: {text[:100]!r} is not tenant/adapter/kind of the last row, as it was given.")
+
+
 def _scope(principal: Principal, all_tenants: bool) -> TenantId | None:
     if not all_tenants:
         return principal.tenant
@@ -114,12 +138,11 @@ def _scope(principal: Principal, all_tenants: bool) -> TenantId | None:
 
 def _queue(context: Context, tenant: TenantId | None) -> wire.Queue:
     queries = context.store.queries
-    recent = queries.recent_usage(time.time_ns() // 1000 - int(RECENT_S * 1e6), tenant)
-    served: dict[TenantId, int] = {}
-    for row in queries.usage(tenant):
-        served[row.tenant] = served.get(row.tenant, 0) + row.cost_us
+    names = queries.tenants() if tenant is None else [tenant]
+    recent = queries.recent_usage(time.time_ns() // 1000 - int(RECENT_S * 1e6), names)
+    served = queries.served_us(tenant)
     lines = []
-    for name in queries.tenants() if tenant is None else [tenant]:
+    for name in names:
         num_pending, pending_tokens = queries.pending_count(name)
         recent_cost_us, recent_tokens = recent.get(name, (0, 0))
         lines.append(

@@ -12,7 +12,6 @@ from tinkerbell.api.tinker.base import base_model, usable_at
 from tinkerbell.api.views import rfc3339
 from tinkerbell.events.queries import Queries
 from tinkerbell.events.rows import AdapterRow, CheckpointRow
-from tinkerbell.types import is_sampler
 
 T = TypeVar("T")
 
@@ -30,36 +29,46 @@ class Catalog:
         self._tenant = principal.tenant
         self._queries: Queries = context.store.queries
 
-    def adapters(self) -> list[AdapterRow]:
-        """Models, newest first."""
-        rows = [row for row in self._queries.adapters(self._tenant) if not is_sampler(row.id)]
-        return rows[::-1]
+    def num_runs(self) -> int:
+        """Models there ever were."""
+        return self._queries.num_models(self._tenant)
 
-    def checkpoints(self, adapter: str | None = None) -> list[CheckpointRow]:
-        """Those with a name that can be used, newest first."""
-        at_us = now_us()
-        rows = self._queries.checkpoints(self._tenant, adapter)
-        return [row for row in rows if row.is_usable(at_us) and (row.name or row.use == "state")][::-1]
+    def runs(self, offset: int, limit: int) -> list[dict[str, Any]]:
+        """Training runs, newest first."""
+        return self._runs(self._queries.models(self._tenant, offset=offset, limit=limit))
 
-    def run(self, row: AdapterRow) -> dict[str, Any]:
-        """A training run."""
-        checkpoints = self.checkpoints(row.id)
+    def run(self, id: str) -> dict[str, Any]:
+        """A training run. Raises NotFound."""
+        (run,) = self._runs([self.adapter(id)])
+        return run
 
-        def newest(use: str) -> dict[str, Any] | None:
-            return next((reading.checkpoint(each) for each in checkpoints if each.use == use), None)
+    def _runs(self, rows: list[AdapterRow]) -> list[dict[str, Any]]:
+        ids, at_us, model = [row.id for row in rows], now_us(), base_model(self._context.model())
+        asked_us = self._queries.last_requests_us(ids)
+        state, sampler = (self._queries.newest_kept(ids, use, at_us) for use in ("state", "sampler"))
+        return [
+            {
+                "training_run_id": row.id,
+                "base_model": model,
+                "model_owner": row.tenant,
+                "is_lora": True,
+                "corrupted": row.state == "failed",
+                "lora_rank": row.lora.rank,
+                "last_request_time": rfc3339(asked_us.get(row.id) or row.created_us),
+                "last_checkpoint": _listed(state.get(row.id)),
+                "last_sampler_checkpoint": _listed(sampler.get(row.id)),
+                "user_metadata": row.user_metadata or None,
+            }
+            for row in rows
+        ]
 
-        return {
-            "training_run_id": row.id,
-            "base_model": base_model(self._context.model()),
-            "model_owner": row.tenant,
-            "is_lora": True,
-            "corrupted": row.state == "failed",
-            "lora_rank": row.lora.rank,
-            "last_request_time": rfc3339(self._queries.last_request_us(row.id) or row.created_us),
-            "last_checkpoint": newest("state"),
-            "last_sampler_checkpoint": newest("sampler"),
-            "user_metadata": row.user_metadata or None,
-        }
+    def num_checkpoints(self) -> int:
+        """Those with a name that can be used."""
+        return self._queries.num_kept(self._tenant, now_us())
+
+    def checkpoints(self, adapter: str | None = None, offset: int = 0, limit: int | None = None) -> list[CheckpointRow]:
+        """Those, newest first."""
+        return self._queries.kept(self._tenant, now_us(), adapter=adapter, offset=offset, limit=limit)
 
     def adapter(self, id: str) -> AdapterRow:
         """Raises NotFound."""
@@ -72,6 +81,10 @@ class Catalog:
         """Raises NotFound, InvalidRequest."""
         path = names.parse_path(f"tinker://{run_id}/{kind}/{name}")
         return usable_at(self._queries, self._tenant, path)
+
+
+def _listed(row: CheckpointRow | None) -> dict[str, Any] | None:
+    return None if row is None else reading.checkpoint(row)
 
 
 async def ask(context: Context, principal: Principal, question: Callable[[Catalog], T]) -> T:

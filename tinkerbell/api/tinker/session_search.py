@@ -1,57 +1,62 @@
 """Which of a tenant's sessions somebody looks for, newest first, a page at a time."""
 
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from itertools import islice
 from typing import Any
 
 from tinkerbell.api.tinker import messages as m
-from tinkerbell.api.tinker import names
 from tinkerbell.api.tinker.base import PROJECT, check_project
 from tinkerbell.api.tinker.catalog import now_us
 from tinkerbell.api.views import rfc3339
 from tinkerbell.errors import Corrupt, InvalidRequest
 from tinkerbell.events import kinds
-from tinkerbell.events.rows import CheckpointRow, SessionRow
+from tinkerbell.events.rows import SessionRow
 from tinkerbell.events.sessions import EXPIRED, end_key
 from tinkerbell.events.store import EventStore
 from tinkerbell.types import TenantId
+
+SCANNED = 1000
+"""Sessions that one request looks at; with a page that is not full comes the cursor to go on."""
+_ROWS = 200
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def search(store: EventStore, tenant: TenantId, asked: m.SearchSessions) -> dict[str, Any]:
-    """One page. Blocking. Raises InvalidRequest, Corrupt."""
+    """One page: at most `limit` sessions, of at most SCANNED. Blocking. Raises InvalidRequest, Corrupt."""
     for project in asked.project_ids or ():
         check_project(project, tenant)
     if asked.display_name is not None and not asked.display_name.split():
         raise InvalidRequest("display_name has no word to look for; leave it out.")
-    found = list(islice(_matches(store, tenant, asked), asked.limit + 1))
-    page = found[: asked.limit]
-    saved: dict[str, list[CheckpointRow]] = {}
-    for row in store.queries.checkpoints(tenant) if page else ():
-        if row.is_usable(now_us()):
-            saved.setdefault(names.session_of(row.adapter), []).append(row)
+    page, last = _page(store, tenant, asked)
+    saved = store.queries.storage_of_sessions([row.id for row, _ in page], now_us())
     return {
-        "sessions": [_summary(row, status, saved.get(row.id, [])) for row, status in page],
+        "sessions": [_summary(row, status, saved.get(row.id, (0, 0))) for row, status in page],
         "next_cursor": None
-        if len(found) <= asked.limit
-        else {"last_created_at": rfc3339(page[-1][0].created_us), "last_session_id": page[-1][0].id},
+        if last is None
+        else {"last_created_at": rfc3339(last.created_us), "last_session_id": last.id},
     }
 
 
-def _matches(
+def _page(
     store: EventStore, tenant: TenantId, asked: m.SearchSessions
-) -> Iterator[tuple[SessionRow, dict[str, Any]]]:
-    """With their status."""
+) -> tuple[list[tuple[SessionRow, dict[str, Any]]], SessionRow | None]:
+    """Sessions with their status, and after which one the next page begins; None: there is none."""
     if asked.owner.type == "user" and tenant not in asked.owner.owner_urns:
-        return
-    after = None if asked.cursor is None else (-_us(asked.cursor.last_created_at), asked.cursor.last_session_id)
-    for row in store.queries.sessions(tenant):
-        if (after is None or (-row.created_us, row.id) > after) and _is_named(row, asked):
-            status = _status(store, row)
+        return [], None
+    found: list[tuple[SessionRow, dict[str, Any]]] = []
+    after = None if asked.cursor is None else (_us(asked.cursor.last_created_at), asked.cursor.last_session_id)
+    for _ in range(SCANNED // _ROWS):
+        rows = store.queries.sessions(tenant, after=after, limit=_ROWS)
+        named = [row for row in rows if _is_named(row, asked)]
+        for row, status in zip(named, _statuses(store, tenant, named), strict=True):
             if asked.statuses is None or any(_is_in(status, wanted) for wanted in asked.statuses):
-                yield row, status
+                if len(found) == asked.limit:
+                    return found, found[-1][0]
+                found.append((row, status))
+        if len(rows) < _ROWS:
+            return found, None
+        after = rows[-1].created_us, rows[-1].id
+    return found, rows[-1]
 
 
 def _is_named(row: SessionRow, asked: m.SearchSessions) -> bool:
@@ -70,31 +75,33 @@ def _is_in(status: dict[str, Any], wanted: m.SessionStatusQuery) -> bool:
     return wanted.reasons is None or status.get("reason", {}).get("type") in wanted.reasons
 
 
-def _status(store: EventStore, row: SessionRow) -> dict[str, Any]:
-    """Active until it said that it ended, or fell silent. Raises Corrupt."""
-    if row.ended_us is None:
-        return {"type": "active"}
-    ended = store.original(row.tenant, end_key(row.id))
+def _statuses(store: EventStore, tenant: TenantId, rows: list[SessionRow]) -> list[dict[str, Any]]:
+    """Of each: active until it said that it ended, or fell silent. Raises Corrupt."""
+    ends = store.originals(tenant, [end_key(row.id) for row in rows if row.ended_us is not None])
+    return [{"type": "active"} if row.ended_us is None else _end(row, ends.get(end_key(row.id))) for row in rows]
+
+
+def _end(row: SessionRow, ended: kinds.Recorded | None) -> dict[str, Any]:
     if ended is None:
         raise Corrupt(f"the session {row.id} has ended, and no event says how")
-    event = ended.recorded.event
+    event = ended.event
     assert isinstance(event, kinds.SessionEnded)
     if event.reason == EXPIRED:
         return {"type": "cancelled", "detail": event.detail}
     return {"type": "client_finished", "reason": {"type": event.reason}, "detail": event.detail}
 
 
-def _summary(row: SessionRow, status: dict[str, Any], saved: list[CheckpointRow]) -> dict[str, Any]:
+def _summary(row: SessionRow, status: dict[str, Any], saved: tuple[int, int]) -> dict[str, Any]:
     return {
         "session_id": row.id,
         "created_at": rfc3339(row.created_us),
         "owner": row.tenant,
         "project_id": PROJECT,
         "status": status,
-        "checkpoints_count": len(saved),
+        "checkpoints_count": saved[0],
         "display_name": row.display_name,
         "user_metadata": row.user_metadata or None,
-        "checkpoint_storage_bytes": sum(each.num_bytes for each in saved),
+        "checkpoint_storage_bytes": saved[1],
     }
 
 

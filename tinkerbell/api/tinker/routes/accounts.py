@@ -37,7 +37,6 @@ AUDITED["all"] += AUDITED["checkpoints"] + AUDITED["organizations"]
 """What is asked for -> types of events. Data, gradients and samples are in `tinkerbell replay` and `/v1/events`."""
 
 _SECRET = {"key_hash"}
-_PAGE = 1000
 
 
 @get("/billing/usage/events")
@@ -54,12 +53,14 @@ async def list_usage(
 
     def read() -> dict[str, Any]:
         queries = context.store.queries
-        rows = queries.usage_by_hour(principal.tenant, _us(begin), _us(end))
+        rows = queries.usage_by_hour(principal.tenant, _us(begin), _us(end), MOST_ENTRIES + 1)
+        if len(rows) > MOST_ENTRIES:
+            raise TooLarge(f"There are more than {MOST_ENTRIES} entries in this time; ask for fewer hours.")
         name = base_model(context.model())
-        sessions = {row.id: {"user_metadata": row.user_metadata or None} for row in queries.sessions(principal.tenant)}
         events = [bucket for row in rows for bucket in _buckets(row, name)]
-        named = {event["session_id"] for event in events}
-        return {"data": events, "sessions": {id: session for id, session in sessions.items() if id in named}}
+        named = {event["session_id"] for event in events if event["session_id"] is not None}
+        sessions = queries.sessions_named(principal.tenant, named)
+        return {"data": events, "sessions": {row.id: {"user_metadata": row.user_metadata or None} for row in sessions}}
 
     return await context.read(principal.tenant, read)
 
@@ -67,10 +68,10 @@ async def list_usage(
 @get("/billing/usage/checkpoints/current")
 async def show_storage(context: NamedDependency[Context], principal: NamedDependency[Principal]) -> dict[str, Any]:
     """How much the tenant's checkpoints hold."""
-    rows = await context.read(principal.tenant, context.store.queries.checkpoints, principal.tenant)
-    sizes = [row.num_bytes for row in rows if row.is_usable(now_us())]
-    held = {"checkpoint_count": len(sizes), "size_bytes": sum(sizes), "size_gigabytes": sum(sizes) / GIGABYTE}
-    return {"data": [{"user_name": principal.tenant, **held}] if sizes else []}
+    ask_for = context.store.queries.storage
+    number, size = await context.read(principal.tenant, ask_for, principal.tenant, now_us())
+    held = {"checkpoint_count": number, "size_bytes": size, "size_gigabytes": size / GIGABYTE}
+    return {"data": [{"user_name": principal.tenant, **held}] if number else []}
 
 
 @get("/audit")
@@ -151,20 +152,11 @@ def _buckets(row: HourOfUsage, model: str) -> list[dict[str, Any]]:
 
 def _entries(store: EventStore, tenant: str, types: tuple[str, ...], begin: datetime) -> list[dict[str, Any]]:
     """Of the 24 hours from `begin`, oldest first. Raises TooLarge."""
-    begin_us = _us(begin)
-    end_us = begin_us + DAY_US
-    found: list[dict[str, Any]] = []
-    after = 0
-    while page := store.read(after, limit=_PAGE, tenant=tenant, types=types):
-        found += [_entry(recorded) for recorded in page if begin_us <= recorded.at_us < end_us]
-        if len(found) > MOST_ENTRIES:
-            raise TooLarge(
-                f"This day has more than {MOST_ENTRIES} entries; read the view audit_log, or ask by event_type."
-            )
-        after = page[-1].position
-        if page[-1].at_us >= end_us:
-            break
-    return found
+    span_us = (_us(begin), _us(begin) + DAY_US)
+    found = store.audited(tenant, types, span_us, MOST_ENTRIES + 1)
+    if len(found) > MOST_ENTRIES:
+        raise TooLarge(f"This day has more than {MOST_ENTRIES} entries; read the view audit_log, or ask by event_type.")
+    return [_entry(recorded) for recorded in found]
 
 
 def _entry(recorded: kinds.Recorded) -> dict[str, Any]:

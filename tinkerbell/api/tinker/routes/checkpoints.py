@@ -11,7 +11,7 @@ from litestar.response import Response
 from tinkerbell.api import archive
 from tinkerbell.api.auth import PUBLIC, Principal
 from tinkerbell.api.context import Context
-from tinkerbell.api.paging import Limit, Offset, page
+from tinkerbell.api.paging import Limit, Offset
 from tinkerbell.api.requests import ApiRequest
 from tinkerbell.api.tinker import downloads, names, reading
 from tinkerbell.api.tinker import messages as m
@@ -44,10 +44,10 @@ async def list_checkpoints(
     """Of all runs, newest first."""
 
     def read(catalog: Catalog) -> dict[str, Any]:
-        rows = catalog.checkpoints()
+        rows = catalog.checkpoints(offset=offset, limit=limit)
         return {
-            "checkpoints": [reading.checkpoint(row) for row in page(rows, limit, offset)],
-            "cursor": {"offset": offset, "limit": limit, "total_count": len(rows)},
+            "checkpoints": [reading.checkpoint(row) for row in rows],
+            "cursor": {"offset": offset, "limit": limit, "total_count": catalog.num_checkpoints()},
         }
 
     return await ask(context, principal, read)

@@ -8,9 +8,9 @@ from litestar.params import FromPath, JSONBody
 
 from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context
-from tinkerbell.api.paging import Limit, Offset, page
+from tinkerbell.api.paging import Limit, Offset
 from tinkerbell.api.tinker import messages as m
-from tinkerbell.api.tinker import names, session_search
+from tinkerbell.api.tinker import session_search
 from tinkerbell.api.tinker.base import check_project
 from tinkerbell.api.tinker.catalog import Catalog, ask
 from tinkerbell.api.tinker.dependencies import Submit
@@ -23,10 +23,9 @@ async def list_runs(
     """Newest first."""
 
     def read(catalog: Catalog) -> dict[str, Any]:
-        rows = catalog.adapters()
         return {
-            "training_runs": [catalog.run(row) for row in page(rows, limit, offset)],
-            "cursor": {"offset": offset, "limit": limit, "total_count": len(rows)},
+            "training_runs": catalog.runs(offset, limit),
+            "cursor": {"offset": offset, "limit": limit, "total_count": catalog.num_runs()},
         }
 
     return await ask(context, principal, read)
@@ -37,7 +36,7 @@ async def show_run(
     run_id: FromPath[str], context: NamedDependency[Context], principal: NamedDependency[Principal]
 ) -> dict[str, Any]:
     """One of them."""
-    return await ask(context, principal, lambda catalog: catalog.run(catalog.adapter(run_id)))
+    return await ask(context, principal, lambda catalog: catalog.run(run_id))
 
 
 @get("/sessions")
@@ -45,8 +44,9 @@ async def list_sessions(
     context: NamedDependency[Context], principal: NamedDependency[Principal], limit: Limit = 20, offset: Offset = 0
 ) -> dict[str, Any]:
     """Newest first."""
-    rows = await context.read(principal.tenant, context.store.queries.sessions, principal.tenant)
-    return {"sessions": [row.id for row in page(rows, limit, offset)]}
+    ask_for = context.store.queries.sessions
+    rows = await context.read(principal.tenant, ask_for, principal.tenant, offset=offset, limit=limit)
+    return {"sessions": [row.id for row in rows]}
 
 
 @post("/sessions/search", status_code=200)
@@ -70,7 +70,7 @@ async def show_session(
         row = submit(None).session(session_id)
         samplers = context.store.queries.samplers(principal.tenant, row.id)
         return {
-            "training_run_ids": [each.id for each in catalog.adapters()[::-1] if names.session_of(each.id) == row.id],
+            "training_run_ids": context.store.queries.models_of(principal.tenant, row.id),
             "sampler_ids": [each.id for each in samplers],
             "user_metadata": row.user_metadata or None,
             "display_name": row.display_name,
