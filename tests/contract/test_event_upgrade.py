@@ -53,9 +53,11 @@ def test_totals_of_an_older_log_are_what_its_events_fold_to(older: Settings) -> 
     store = EventStore.open(older)
     store.check()
     totals = {(row.adapter, row.kind): row.num_requests for row in store.queries.usage("alice")}
-    assert totals["ad_one", "forward_backward"] >= 1 and sum(n for (_, kind), n in totals.items() if kind == "save") == 4
+    assert (
+        totals["ad_one", "forward_backward"] >= 1 and sum(n for (_, kind), n in totals.items() if kind == "save") == 4
+    )
     with store._read_engine.connect() as connection:
-        sessions = dict(connection.execute(sa.select(t.adapters.c.id, t.adapters.c.session)).tuples().all())
+        sessions = {row.id: row.session for row in connection.execute(sa.select(t.adapters.c.id, t.adapters.c.session))}
     assert sessions["ad_one"] is None
     made = {id: session for id, session in sessions.items() if ":" in id}
     assert len(made) >= 3 and all(id.startswith(f"{session}:") for id, session in made.items())

@@ -12,6 +12,7 @@ BENCHMARKS = {
     "sample": "tinkerbell.cli.bench.sample:sample",
     "server": "tinkerbell.cli.bench.server:server",
     "recovery": "tinkerbell.cli.bench.recovery:recovery",
+    "neighbour": "tinkerbell.cli.bench.neighbour:neighbour",
 }
 """Name -> where its click command is."""
 
@@ -28,4 +29,5 @@ def bench() -> None:
     tinkerbell bench sample
     tinkerbell bench server
     tinkerbell bench recovery
+    tinkerbell bench neighbour
     """
