@@ -297,17 +297,17 @@ def test_a_session_ends_although_its_adapter_is_removed_meanwhile(
     store = tinker.api.store
     session = tinker.session()
     models = [tinker.model(session, number) for number in range(2)]
-    states = store.queries.states
+    attempts = store.queries.attempts
 
-    def slow(adapter: str, kind: str) -> list[str]:
-        found = states(adapter, kind)
+    def slow(tenant: str, adapter: str, kind: str) -> tuple[int, bool]:
+        found = attempts(tenant, adapter, kind)
         if adapter == models[0]:
             removal = kinds.RemoveLoraRequested()
             (asked,) = store.append(NewEvent(event=removal, tenant=OWNER, stream=f"adapter/{adapter}", adapter=adapter))
             answer(store, asked.position)
         return found
 
-    monkeypatch.setattr(store.queries, "states", slow)
+    monkeypatch.setattr(store.queries, "attempts", slow)
     finish(tinker, session)
     answer_all(store)
     assert not living(store, session) and [each.adapter for each in removals(store)] == models
