@@ -96,6 +96,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """and none that was taken longer ago than so many seconds; None: steps alone decide. A point costs about what its
     bytes take to hash and write, three times the adapter's weights: often is dear where steps are fast. Points that are
     due together come one after another, so some later than these two say."""
+    recovery_points_kept: Count = 2
+    """Of each adapter; older ones leave the disk while the server runs, and all of an adapter that was removed."""
     max_saving_bytes: Count = 256 * 1024 * 1024
     """Of adapters' states on their way to the blob store, which are in memory until they are there: recovery points and
     saves that would be more wait. One alone may be larger."""

@@ -18,6 +18,7 @@ from tinkerbell.errors import IdempotencyConflict, NotFound, StorageUnavailable,
 from tinkerbell.events import sweeping
 from tinkerbell.events.blobs import BlobFile, BlobStore
 from tinkerbell.events.kinds import NewEvent
+from tinkerbell.events.storage import Counted
 from tinkerbell.events.store import EventStore
 from tinkerbell.types import Datum
 
@@ -111,10 +112,19 @@ def test_what_a_dead_writer_left_goes_with_the_sweep_and_nothing_else_does(
     foreign = blobs.path(orphan).parent / "README"
     foreign.write_bytes(b"somebody's own")
     assert store.sweeper.sweep(3600) == sweeping.Swept(), "not before its time"
+    report = store.storage()
+    assert (report.orphans, report.halves) == (Counted(number=1, num_bytes=100), Counted(number=1, num_bytes=4))
+    assert (report.needed.number, report.there.number, report.missing) == (4, 5, Counted())
+    assert {what: each.number for what, each in report.tenants["alice"].items()} == {"saves": 3, "bodies": 1}
+    assert (store.check().num_orphans, store.check().orphan_bytes) == (1, 100)
     assert store.sweeper.sweep(-1) == sweeping.Swept(num_files=2, num_bytes=104)
     assert files(database_settings) == named(store) | {"README"}
     assert store.sweeper.sweep(-1) == sweeping.Swept()
-    store.check()
+    assert store.check().num_orphans == 0
+    lost = blobs.path(min(named(store)))
+    lost.rename(database_settings.blob_dir / "away")
+    report = store.storage()
+    assert report.missing.number == 1 and report.missing_digests == [lost.name]
 
 
 def test_an_append_whose_file_was_swept_is_refused_and_one_that_is_needed_stays(

@@ -38,6 +38,8 @@ FILES = (
     "tinkerbell/scheduler/commits.py",
     "tinkerbell/scheduler/journal.py",
     "tinkerbell/scheduler/checkpoints.py",
+    "tinkerbell/scheduler/superseding.py",
+    "tinkerbell/events/retention.py",
     "tinkerbell/scheduler/control.py",
     "tinkerbell/scheduler/recovery.py",
     "tinkerbell/scheduler/restorer.py",

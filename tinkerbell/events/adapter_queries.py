@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from tinkerbell.events import tables as t
 from tinkerbell.events.querying import Querying, columns, with_json
-from tinkerbell.events.rows import AdapterRow, CheckpointRow
+from tinkerbell.events.rows import AdapterRow, CheckpointRow, RecoveryPointRow
 from tinkerbell.types import CheckpointUse
 
 
@@ -132,6 +132,16 @@ class AdapterQueries(Querying):
         ids = sa.select(newest.scalar_subquery()).where(a.id.in_(adapters))
         rows = self._checkpoints(sa.select(*columns(t.checkpoints, CheckpointRow)).where(c.id.in_(ids)))
         return {row.adapter: row for row in rows}
+
+    def recovery_points(self) -> list[RecoveryPointRow]:
+        """Of all tenants, those that are still there, in no order."""
+        c, a = t.checkpoints.c, t.adapters.c
+        query = (
+            sa.select(c.id, c.tenant, c.adapter, a.state.label("adapter_state"), c.after_seq, c.position, c.blobs)
+            .join(t.adapters, a.id == c.adapter)
+            .where(sa.text("checkpoints.kind = 'recovery' AND NOT checkpoints.deleted"))
+        )
+        return [msgspec.convert(with_json(row), RecoveryPointRow) for row in self._all(query)]
 
     def saved(self, tenant: str, adapter: str, use: CheckpointUse, name: str) -> CheckpointRow | None:
         """The newest checkpoint of the adapter that was saved for this use under this name."""

@@ -141,6 +141,8 @@ class BlobStore:
                 _sync_directory(directory)
 
     def _entries(self, part: str) -> Iterator["os.DirEntry[str]"]:
+        if not (self._root / part).is_dir():
+            return
         for inner in os.scandir(self._root / part):
             if _PART.fullmatch(inner.name):
                 yield from os.scandir(inner.path)

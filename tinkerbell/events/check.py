@@ -23,7 +23,7 @@ import sqlalchemy as sa
 from sqlalchemy import RowMapping
 
 from tinkerbell.errors import Corrupt
-from tinkerbell.events import kinds, projections
+from tinkerbell.events import kinds, projections, storage
 from tinkerbell.events import tables as t
 from tinkerbell.events.blobs import BlobStore
 from tinkerbell.events.chain import GENESIS, link
@@ -52,6 +52,9 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
     """Events whose bodies and blobs were erased or compacted."""
     num_blobs: int
     blob_bytes: int
+    num_orphans: int
+    """Files in the blob store that no event needs; see events/storage.py."""
+    orphan_bytes: int
     cost_us: int
     """Charged in all."""
     invariants: tuple[str, ...] = tuple(f"I{number}" for number in range(1, 17) if number not in (8, 12))
@@ -92,6 +95,7 @@ def check(connection: sa.Connection, blobs: BlobStore, kept: KeptSeal | None = N
     seals.end()
     _check_projections(connection, folded)
     _check_usage(connection, requests.cost_us)
+    orphans = storage.survey(connection, blobs).orphans
     return CheckReport(
         num_events=position,
         num_streams=len(heads),
@@ -103,6 +107,8 @@ def check(connection: sa.Connection, blobs: BlobStore, kept: KeptSeal | None = N
         num_removed=contents.num_removed,
         num_blobs=contents.num_blobs,
         blob_bytes=contents.num_bytes,
+        num_orphans=orphans.number,
+        orphan_bytes=orphans.num_bytes,
         cost_us=requests.cost_us,
     )
 

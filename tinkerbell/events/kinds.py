@@ -475,6 +475,9 @@ class BulkCompacted(Event, frozen=True, kw_only=True, tag="bulk.compacted"):
     num_blobs: int
     num_bytes: int
     """As stored, of bodies and blobs."""
+    checkpoints: list[CheckpointId] = []
+    """Where they went because nothing rests on them any more, whatever their age: recovery points of the server that
+    newer ones replaced, or whose adapter was removed."""
 
 
 AnyRequest = (

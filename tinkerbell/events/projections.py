@@ -182,7 +182,10 @@ def fold(recorded: Recorded, cause: Cause | None) -> list[Change]:
             changes: list[Change] = [Put("erasures", (recorded.tenant,), {"position": recorded.position})]
             return changes + [Set("adapters", (adapter,), {"state": "removed"}) for adapter in event.adapters]
         case kinds.BulkCompacted():
-            return [Put("removed_bulk", (position,), {"removed_by": recorded.position}) for position in event.positions]
+            gone: list[Change] = [
+                Put("removed_bulk", (position,), {"removed_by": recorded.position}) for position in event.positions
+            ]
+            return gone + [Set("checkpoints", (point,), {"deleted": True}) for point in event.checkpoints]
         case _:
             raise TypeError(f"no fold for {type(event).__name__}")
 

@@ -21,6 +21,8 @@ FILE, REMOVED = "file", "removed"
 
 _ERASED = sa.exists().where(erasures.c.tenant == events.c.tenant, erasures.c.position > events.c.position)
 _COMPACTED = sa.exists().where(removed_bulk.c.position == events.c.position)
+STILL_THERE = sa.and_(~_ERASED, ~_COMPACTED)
+"""Of an event: its bulk was not removed."""
 
 
 class Bulk(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,7 +70,7 @@ def with_bulk(connection: sa.Connection, positions: Sequence[int]) -> list[int]:
 def why_gone(connection: sa.Connection, position: int) -> Gone | None:
     """Why the bulk of the event at this position is not there any more; None: there is no reason."""
     found = connection.execute(
-        sa.select(events.c.tenant, erasures.c.position, removed_bulk.c.removed_by)
+        sa.select(events.c.tenant, events.c.type, erasures.c.position, removed_bulk.c.removed_by)
         .select_from(events)
         .outerjoin(erasures, sa.and_(erasures.c.tenant == events.c.tenant, erasures.c.position > events.c.position))
         .outerjoin(removed_bulk, removed_bulk.c.position == events.c.position)
@@ -76,9 +78,13 @@ def why_gone(connection: sa.Connection, position: int) -> Gone | None:
     ).one_or_none()
     if found is None:
         return None
-    tenant, erased, compacted = found
+    tenant, type_, erased, compacted = found
     if erased is not None:
         return Erased(f"what event {position} held was erased with its tenant {tenant} (event {erased})")
+    if compacted is not None and type_ == "checkpoint.written":
+        return Compacted(
+            f"the recovery point of event {position} was superseded or old, and removed (event {compacted})"
+        )
     if compacted is not None:
         return Compacted(f"what event {position} held was removed by `tinkerbell db compact` (event {compacted})")
     return None
@@ -138,9 +144,21 @@ def needed(connection: sa.Connection, hashes: Sequence[bytes]) -> set[bytes]:
     found: set[bytes] = set()
     for part in in_parts(hashes):
         names = event_blobs.join(events, events.c.position == event_blobs.c.position)
-        living = sa.select(event_blobs.c.blob_hash).select_from(names).where(~_ERASED, ~_COMPACTED)
+        living = sa.select(event_blobs.c.blob_hash).select_from(names).where(STILL_THERE)
         found.update(connection.execute(living.where(event_blobs.c.blob_hash.in_(part)).distinct()).scalars())
     return found
+
+
+def needed_of(connection: sa.Connection, first: bytes) -> dict[str, int]:
+    """Hash (hex) -> bytes as stored, of all blobs whose hash begins with this byte and that an event needs."""
+    names = event_blobs.join(events, events.c.position == event_blobs.c.position)
+    query = (
+        sa.select(blobs.c.hash, blobs.c.length)
+        .select_from(names.join(blobs, blobs.c.hash == event_blobs.c.blob_hash))
+        .where(event_blobs.c.blob_hash >= first, event_blobs.c.blob_hash <= first + b"\xff" * 31, STILL_THERE)
+        .distinct()
+    )
+    return {digest.hex(): length for digest, length in connection.execute(query)}
 
 
 def mark_removed(connection: sa.Connection, hashes: Sequence[bytes]) -> None:

@@ -1,9 +1,11 @@
-"""Erasing a tenant and compacting old bulk. Nobody else may write to the log meanwhile: hold the scheduler's lease.
+"""Erasing a tenant and compacting old bulk: nobody else may write to the log meanwhile, so hold the scheduler's lease.
+And taking out superseded recovery points, beside others.
 
-Both append an event that says what goes, and then take it out: bodies from their rows, blobs from the store, and for an
-erasure the keys before all. Whatever ends the process in between, doing it again finishes it.
+All of them append an event that says what goes, and then take it out: bodies from their rows, blobs from the store, and
+for an erasure the keys before all. Whatever ends the process in between, doing it again finishes it.
 """
 
+import time
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -14,7 +16,8 @@ from tinkerbell.events import removal
 from tinkerbell.events.engine import snapshot
 from tinkerbell.events.kinds import BulkCompacted, KeyRevoked, NewEvent, Recorded, TenantErased
 from tinkerbell.events.removal import Bulk
-from tinkerbell.events.sweeping import Sweeper
+from tinkerbell.events.rows import RecoveryPointRow
+from tinkerbell.events.sweeping import Sweeper, Swept
 from tinkerbell.events.tables import adapters, api_keys, checkpoints, data_keys, erasures, events, futures
 from tinkerbell.types import SYSTEM_TENANT, TenantId
 
@@ -110,6 +113,20 @@ class Retention:
             self._append(NewEvent(event=said, tenant=tenant, stream=stream, actor=actor, fence=fence))
             total += bulk
         return total
+
+    def supersede(self, tenant: TenantId, points: Sequence[RecoveryPointRow], *, actor: str, fence: Fence) -> Swept:
+        """Take out recovery points of a tenant that nothing is restored from any more, at most POSITIONS_AT_ONCE, while
+        others append. Where it is cut short, the log says already what is gone, and a sweep takes the files."""
+        with self._reader.connect() as connection:
+            positions = removal.with_bulk(connection, [point.position for point in points])
+        said = BulkCompacted(
+            before_us=time.time_ns() // 1000,
+            positions=positions,
+            **msgspec.structs.asdict(self.bulk_at(positions)),
+            checkpoints=[point.id for point in points],
+        )
+        self._append(NewEvent(event=said, tenant=tenant, stream=f"tenant/{tenant}", actor=actor, fence=fence))
+        return self._sweeper.remove_digests({digest for point in points for digest in point.blobs.values()})
 
     def finish_compaction(self, tell: Tell) -> int:
         """Take out what was said to be removed, and give the space back; how many files were deleted."""

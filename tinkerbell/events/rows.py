@@ -99,6 +99,20 @@ class CheckpointRow(Row, frozen=True, kw_only=True):
         return not self.deleted and (self.expires_us is None or now_us < self.expires_us)
 
 
+class RecoveryPointRow(Row, frozen=True, kw_only=True):
+    """A checkpoint that the server wrote of its own accord, and that is still there."""
+
+    id: str
+    tenant: str
+    adapter: str
+    adapter_state: Literal["pending", "ready", "failed", "removed"]
+    after_seq: int
+    """It holds the effect of the adapter's requests up to this one."""
+    position: int
+    blobs: dict[str, str]
+    """Name -> hash (hex)."""
+
+
 class SessionRow(Row, frozen=True, kw_only=True):
     """A program of the tenant's."""
 

@@ -23,6 +23,7 @@ from tinkerbell.events.queries import Queries
 from tinkerbell.events.removal import why_blob_gone, why_gone
 from tinkerbell.events.retention import Retention
 from tinkerbell.events.state import Original
+from tinkerbell.events.storage import StorageReport, survey
 from tinkerbell.events.sweeping import Sweeper
 from tinkerbell.events.tables import log_head
 from tinkerbell.events.tail import Callback, Tail
@@ -285,6 +286,11 @@ class EventStore:
         empty."""
         with self._read_engine.connect() as connection:
             return seals.last_sealed_us(connection)
+
+    def storage(self) -> StorageReport:
+        """What the blob store has, against what the log names. Reads names and sizes, no contents."""
+        with snapshot(self._read_engine) as connection:
+            return survey(connection, self._blobs)
 
     def check(self, *, seal: KeptSeal | None = None) -> CheckReport:
         """Verify the whole log, its blobs, its projections and its seals in one snapshot; `seal`: compare with a root

@@ -24,7 +24,9 @@ from tinkerbell.events.statements import Statements
 log = logging.getLogger(__name__)
 
 AT_ONCE = 32
-"""Files that go while the append lock is held: others wait for it."""
+"""Most files that go while the append lock is held, for which others wait,"""
+LOCKED_S = 0.02
+"""and about for how long: a large file takes its time."""
 
 
 class Swept(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,18 +71,24 @@ class Sweeper:
 
     def remove(self, files: Sequence[BlobFile]) -> Swept:
         """Those of these files that no event needs, unless they were written anew since they were seen."""
-        swept = Swept()
-        for start in range(0, len(files), AT_ONCE):
-            part = files[start : start + AT_ONCE]
+        swept, left = Swept(), list(files)
+        while left:
+            part = left[:AT_ONCE]
             with self._writer.begin() as connection:
                 facts.lock_head(Statements(connection))
+                until_s = time.monotonic() + LOCKED_S
                 needed = removal.needed(connection, [bytes.fromhex(file.digest) for file in part])
                 going = [file for file in part if bytes.fromhex(file.digest) not in needed]
-                # Said before it is so: nobody shares a blob that may be gone.
+                # Nobody shares a blob that may be gone.
                 removal.mark_removed(connection, [bytes.fromhex(file.digest) for file in going])
-                for file in going:
+                left = left[AT_ONCE:]
+                while going:
+                    file = going.pop()
                     if self._blobs.remove(file):
                         swept += Swept(num_files=1, num_bytes=file.num_bytes)
+                    if time.monotonic() > until_s:
+                        left = going + left
+                        break
         return swept
 
     def remove_digests(self, digests: Collection[str]) -> Swept:

@@ -51,6 +51,7 @@ MODELS = "id NOT LIKE '%:sample:%'"
 """Adapters that are no sampler's."""
 SAVED = "kind = 'save'"
 KEPT = "kind = 'save' AND NOT deleted"
+RECOVERY_POINT = "kind = 'recovery' AND NOT deleted"
 OPEN = "ended_us IS NULL"
 AUDITED_TYPES = (
     *("add_lora.requested", "bulk.compacted", "checkpoint.changed", "checkpoint.copied", "key.created", "key.revoked"),
@@ -259,6 +260,7 @@ checkpoints = sa.Table(
     # With what is counted and summed.
     _partial("ix_checkpoints_kept", "tenant", "position", "expires_us", "use", "name", "num_bytes", where=KEPT),
     _partial("ix_checkpoints_kept_of_adapter", "tenant", "adapter", "use", "position", "expires_us", where=KEPT),
+    _partial("ix_checkpoints_recovery", "adapter", where=RECOVERY_POINT),
     comment="Saved adapters: by their users, and the server's own recovery points.",
 )
 sessions = sa.Table(

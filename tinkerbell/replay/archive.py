@@ -93,6 +93,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Hash (hex) of the run's last event. Kept elsewhere it tells later whether the archive is still the one."""
     keys: dict[str, str] = {}
     """sha256 (hex) of an encrypted body or blob as stored -> its key (hex); see events/envelope.py."""
+    superseded: list[int] = []
+    """Positions of the server's recovery points whose bytes were gone already."""
 
 
 def export(log: Log, run: str, file: Path, *, tell: Tell = lambda _what, _done, _total: None) -> Manifest:
@@ -121,7 +123,7 @@ def export(log: Log, run: str, file: Path, *, tell: Tell = lambda _what, _done, 
 
             for number, each in enumerate(entries):
                 tell("writing", number, len(entries))
-                for digest in each.recorded.blobs.values():
+                for digest in () if each.position in history.gone else each.recorded.blobs.values():
                     add_stored(f"blobs/{digest}", log.stored_blob(digest))
                 if each.recorded.body_codec is not None and "body" not in each.blobs:
                     add_stored(f"bodies/{each.position}", log.stored_body(each))
@@ -137,6 +139,7 @@ def export(log: Log, run: str, file: Path, *, tell: Tell = lambda _what, _done, 
                 head=history.entries[-1].recorded.hash,
                 files=dict(sorted(files.items())),
                 keys=dict(sorted(keys.items())),
+                superseded=sorted(history.gone),
             )
             text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
             archive.writestr(zipfile.ZipInfo(MANIFEST, (1980, 1, 1, 0, 0, 0)), text, zipfile.ZIP_DEFLATED)
@@ -267,6 +270,10 @@ class ArchiveLog:
         if re.fullmatch("[0-9a-f]{64}", key) is None:
             raise Corrupt(f"{self.name} has no key of {digest}, which is encrypted")
         return bytes.fromhex(key)
+
+    def removed(self, positions: Collection[int]) -> set[int]:
+        """See log.Log."""
+        return set(self.manifest.superseded).intersection(positions)
 
     def close(self) -> None:
         """Close the file."""

@@ -1,7 +1,7 @@
 """One run as the log tells it: every request of an adapter with its answer, its plan and the environment it ran in."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from tinkerbell.errors import InvalidRequest, NotFound
@@ -58,6 +58,9 @@ class History:
     """Batch id -> batch.planned, of the batches that ran some of it."""
     environments: dict[str, Entry]
     """Digest -> environment.recorded."""
+    gone: frozenset[int]
+    """Positions of the server's recovery points whose bytes were taken out: newer ones superseded them. Nothing rests
+    on one; what it held can be had from an earlier state."""
 
     @property
     def made(self) -> kinds.AddLoraRequested:
@@ -75,8 +78,8 @@ class History:
         return event
 
     def checkpoints(self) -> Iterator[Entry]:
-        """The server's recovery points."""
-        return (each for each in self.entries if isinstance(each.recorded.event, kinds.CheckpointWritten))
+        """The server's recovery points that are still there."""
+        return (each for each in _recovery_points(self.entries) if each.position not in self.gone)
 
     def marks(self, until: int | None = None, *, users_own: bool = False) -> Marks:
         """The newest saved state that holds requests up to position `until` and none after it. `users_own`: of the
@@ -86,6 +89,7 @@ class History:
                 each.recorded
                 for each in self.entries
                 if isinstance(each.recorded.event, (*ORIGINS, *BOUNDARIES))
+                and each.position not in self.gone
                 and each.recorded.causation is not None
                 and (until is None or each.recorded.causation <= until)
                 and not (users_own and isinstance(each.recorded.event, kinds.CheckpointWritten))
@@ -170,7 +174,12 @@ def read_history(log: Log, run: str) -> History:
     }
     event = made.recorded.event
     assert isinstance(event, kinds.AddLoraRequested)
-    return History(adapter, made.recorded.tenant, event.name, tuple(calls), entries, plans, environments)
+    gone = frozenset(log.removed([each.position for each in _recovery_points(entries)]))
+    return History(adapter, made.recorded.tenant, event.name, tuple(calls), entries, plans, environments, gone)
+
+
+def _recovery_points(entries: Iterable[Entry]) -> Iterator[Entry]:
+    return (each for each in entries if isinstance(each.recorded.event, kinds.CheckpointWritten))
 
 
 def _plans(log: Log, after: int, until: int, units: dict[int, list[PlannedUnit]]) -> dict[str, Entry]:

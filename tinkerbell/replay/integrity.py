@@ -32,10 +32,14 @@ def check(log: Log, history: History, tell: Tell, *, head: str | None = None) ->
     gone: dict[int, Gone] = {}
     for number, each in enumerate(history.entries):
         tell("checking", number, total)
+        if each.position in history.gone:
+            continue
         try:
             found += _contents(log, each)
         except Gone as exc:
-            gone[each.position] = exc
+            # A recovery point may have been superseded since the run was read.
+            if not isinstance(each.recorded.event, kinds.CheckpointWritten):
+                gone[each.position] = exc
     if gone:
         first = gone[min(gone)]
         raise type(first)(

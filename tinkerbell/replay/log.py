@@ -84,6 +84,10 @@ class Log(Protocol):
         """The key of a stored body or blob; None where it is not encrypted. Raises Erased, KeyUnavailable."""
         ...
 
+    def removed(self, positions: Collection[int]) -> set[int]:
+        """Those of these events whose bodies and blobs were taken out because they were old or superseded."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -206,6 +210,15 @@ class DatabaseLog:
     def key_of(self, stored: bytes) -> bytes | None:
         """See Log."""
         return self._vault.key_of(stored)
+
+    def removed(self, positions: Collection[int]) -> set[int]:
+        """See Log."""
+        c = t.removed_bulk.c
+        found: set[int] = set()
+        with self._engine.connect() as connection:
+            for part in in_parts(sorted(positions)):
+                found.update(connection.execute(sa.select(c.position).where(c.position.in_(part))).scalars())
+        return found
 
     def close(self) -> None:
         """Give the connections back."""
