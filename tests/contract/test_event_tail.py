@@ -9,10 +9,12 @@ from typing import Any
 
 import msgspec
 import pytest
+import sqlalchemy as sa
 
 from tests.support import log
 from tests.support.waiting import AT_ONCE_S, PATIENCE_S
 from tinkerbell.config import Settings
+from tinkerbell.errors import Unavailable
 from tinkerbell.events import tail
 from tinkerbell.events.futures import FutureWaiter
 from tinkerbell.events.kinds import Recorded
@@ -136,6 +138,61 @@ def test_local_commits_are_handed_over_at_once(sqlite_store: EventStore, monkeyp
     for _ in range(20):
         (recorded,) = store.append(log.optim_step())
         reader.wait_for(recorded.position)
+
+
+def test_what_another_process_wrote_is_read_once_and_without_bodies(
+    store: EventStore, database_settings: Settings
+) -> None:
+    readers = [Reader() for _ in range(3)]
+    got: list[Recorded] = []
+    store.subscribe(got.extend)
+    for reader in readers:
+        store.subscribe(reader)
+    statements: list[str] = []
+    sa.event.listen(
+        store._read_engine, "before_cursor_execute", lambda _c, _k, statement, *_: statements.append(statement)
+    )
+    other = EventStore.open(database_settings)
+    other.append(log.add_lora(), log.forward_backward())
+    for reader in readers:
+        reader.wait_for(2)
+    pages = [statement for statement in statements if "FROM events" in statement]
+    assert len(pages) == 1 and "events.body," not in pages[0]
+    assert got[1].body is None and got[1].body_codec is not None
+    assert store.body(got[1]) == other.body(other.read()[1]), "whoever wants a body asks for it"
+    other.close()
+
+
+def test_an_error_that_nobody_expected_ends_neither_the_tail_nor_the_writer(
+    sqlite_store: EventStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, reader = sqlite_store, Reader()
+    store.subscribe(reader)
+    broken = iter([ZeroDivisionError("a bug of the tail"), None])
+    serve = store._tail._serve
+
+    def fail_once(subscriptions: Any) -> None:
+        if (error := next(broken, None)) is not None:
+            raise error
+        serve(subscriptions)
+
+    monkeypatch.setattr(store._tail, "_serve", fail_once)
+    store.append(log.add_lora())
+    reader.wait_for(1)
+    assert "a bug of the tail" in caplog.text
+
+    push = store._tail.push
+    monkeypatch.setattr(store._writer, "_on_commit", lambda _: 1 / 0)
+    with pytest.raises(Unavailable, match="may have been done"):
+        store.append(log.optim_step())
+    monkeypatch.setattr(store._writer, "_on_commit", push)
+    assert "broke the writer" in caplog.text
+    store.append(log.optim_step())
+    reader.wait_for(3)
+    assert store.failure() is None
+    store.close()
+    failed = store.failure()
+    assert failed is not None and "writer thread" in failed.detail
 
 
 def test_future_waiter(store: EventStore) -> None:

@@ -1,11 +1,13 @@
 """Who is asking: an API key's tenant, or the one local user of a server without keys."""
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
 import re
 import time
-from typing import Any, Literal
+from collections.abc import Coroutine
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from litestar.connection import ASGIConnection
@@ -17,6 +19,8 @@ from tinkerbell.errors import Forbidden, InvalidRequest, Unauthorized
 from tinkerbell.events.queries import Queries
 from tinkerbell.events.rows import KeyRow
 from tinkerbell.types import LOCAL_TENANT, TenantId
+
+T = TypeVar("T")
 
 PUBLIC = {"public": True}
 """`opt` of a route that needs no key."""
@@ -68,6 +72,7 @@ class Gate:
         self._queries = queries
         self._threads = threads
         self._keys: dict[str, tuple[float, KeyRow]] = {}
+        self._asking: dict[str, asyncio.Task[Any]] = {}
         self._keyless_until = 0.0
         self._keyless = False
 
@@ -100,17 +105,33 @@ class Gate:
             return True
         if self._auth == "keys" or not self.loopback:
             return False
-        now = time.monotonic()
-        if now >= self._keyless_until:
-            self._keyless = not await self._threads.run(LOCAL_TENANT, self._queries.has_keys)
-            self._keyless_until = now + CACHE_TTL_S
+        if time.monotonic() >= self._keyless_until:
+            await self._once("", self._ask_whether_keyless())
         return self._keyless
 
     async def _key(self, key_id: str) -> KeyRow | None:
-        now = time.monotonic()
         cached = self._keys.get(key_id)
-        if cached is not None and now < cached[0]:
+        if cached is not None and time.monotonic() < cached[0]:
             return cached[1]
+        return await self._once(key_id, self._ask_for_key(key_id))
+
+    async def _once(self, about: str, question: Coroutine[Any, Any, T]) -> T:
+        """The answer to a question; who asks the same meanwhile gets the same: streams of a key do so at once."""
+        asking = self._asking.get(about)
+        if asking is None:
+            asking = self._asking[about] = asyncio.ensure_future(question)
+            asking.add_done_callback(lambda _: self._asking.pop(about))
+        else:
+            question.close()
+        return await asyncio.shield(asking)
+
+    async def _ask_whether_keyless(self) -> None:
+        now = time.monotonic()
+        self._keyless = not await self._threads.run(LOCAL_TENANT, self._queries.has_keys)
+        self._keyless_until = now + CACHE_TTL_S
+
+    async def _ask_for_key(self, key_id: str) -> KeyRow | None:
+        now = time.monotonic()
         row = await self._threads.run(key_id, self._queries.key, key_id)
         # Only keys that exist are kept, so that guesses cannot fill the memory.
         if row is None:

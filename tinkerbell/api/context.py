@@ -1,4 +1,4 @@
-"""What every route shares: the store, the gate, the waiter, the doorbell; made with the app, closed with
+"""What every route shares: the store, the gate, the waiter, the feed; made with the app, closed with
 it."""
 
 import asyncio
@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar
 import msgspec
 
 from tinkerbell.api.auth import Gate
-from tinkerbell.api.doorbell import Doorbell
+from tinkerbell.api.feed import Feed
 from tinkerbell.api.threads import Threads
 from tinkerbell.config import Settings
 from tinkerbell.errors import Unavailable
@@ -77,7 +77,7 @@ class Context:
         self.threads = Threads(settings.limits.max_waiting_reads)
         self.gate = Gate(settings, store.queries, self.threads.gate)
         self.waiter = FutureWaiter(store, self.read)
-        self.doorbell = Doorbell(store, self.read)
+        self.feed = Feed(store, self.read)
         self.in_flight = InFlight()
         self.stopping = asyncio.Event()
         """Set when the server is about to end: streams and long polls end by themselves."""
@@ -92,7 +92,7 @@ class Context:
         """Subscribe to the log."""
         self._unsubscribe = await self.read(SYSTEM_TENANT, self.store.subscribe, self._learn)
         await self.waiter.start()
-        await self.doorbell.start()
+        await self.feed.start()
 
     async def stop(self) -> None:
         """Wake everybody who waits; they answer with what there is. May be called twice."""
@@ -101,7 +101,7 @@ class Context:
         self.stopping.set()
         if self._unsubscribe is not None:
             self._unsubscribe()
-        self.doorbell.stop()
+        self.feed.stop()
         await self.waiter.stop()
 
     async def read(self, tenant: TenantId, question: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -110,8 +110,9 @@ class Context:
         return await self.threads.reads.run(tenant, question, *args, **kwargs)
 
     def failure(self) -> Exception | None:
-        """Why this process's scheduler ended, if it did."""
-        return self._scheduler_failed() if self._scheduler_failed is not None else None
+        """Why this process's scheduler ended, or its event store cannot go on, if that is so."""
+        failed = self._scheduler_failed() if self._scheduler_failed is not None else None
+        return failed or self.store.failure()
 
     def executor_away(self) -> bool:
         """Whether this process's executor has ended and is not there again yet."""

@@ -88,7 +88,7 @@ class Submitting:
             )
         if (failure := context.failure()) is not None:
             raise Unavailable(
-                f"The scheduler has stopped ({type(failure).__name__}); see the server's log.",
+                f"The server cannot go on ({type(failure).__name__}); see its log.",
                 retry_after_s=10.0,
             )
 

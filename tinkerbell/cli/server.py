@@ -76,7 +76,7 @@ class Server:
             self._refuse_exposure(self._store)
             self._start_scheduler(self._store)
             if self._role == "scheduler":
-                self._wait()
+                self._wait(self._store)
             else:
                 self._serve_http(self._store)
         finally:
@@ -129,16 +129,16 @@ class Server:
             on_stopping=self._begin_end,
         )
 
-    def _wait(self) -> None:
-        """The scheduler role's main thread: until a signal, or until the scheduler fails."""
+    def _wait(self, store: EventStore) -> None:
+        """The scheduler role's main thread: until a signal, or until the scheduler or the store fails."""
         assert self._scheduler is not None
         stop = threading.Event()
         for sign in (signal.SIGTERM, signal.SIGINT):
             signal.signal(sign, lambda *_: stop.set())
         self._announce(None)
         while not stop.wait(LOOK_S):
-            if self._scheduler.failed is not None:
-                raise self._scheduler.failed
+            if (failed := self._scheduler.failed or store.failure()) is not None:
+                raise failed
 
     def _begin_end(self) -> None:
         """Stop the scheduler while HTTP connections end; called once, from a signal handler."""

@@ -37,6 +37,11 @@ def deliver(outcomes: Iterable[Outcome]) -> None:
             log.warning("%d submits were written for nobody: %s", len(settled), exc)
 
 
+def deliver_rest(outcomes: Iterable[Outcome]) -> None:
+    """`deliver`, to the waiters that have no outcome yet."""
+    deliver([(waiter, outcome) for waiter, outcome in outcomes if not waiter.done()])
+
+
 def _settle_all(outcomes: list[Outcome]) -> None:
     for waiter, outcome in outcomes:
         if not waiter.done():

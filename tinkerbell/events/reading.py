@@ -18,6 +18,9 @@ IN_LIMIT = 5000
 """Most values in one IN list: SQLite takes 32766 parameters, a planner is happier with fewer."""
 
 
+_BODILESS = [sa.null().label("body") if column is events.c.body else column for column in events.c]
+
+
 def in_parts(values: Iterable[T]) -> Iterator[list[T]]:
     """The values in lists short enough for IN."""
     rest = list(values)
@@ -33,9 +36,10 @@ def page(
     tenant: str | None = None,
     adapter: str | None = None,
     types: Collection[str] | None = None,
+    bodies: bool = True,
 ) -> list[Recorded]:
-    """Events with a position above `after`, by position, at most `limit`."""
-    query = sa.select(events).where(events.c.position > after)
+    """Events with a position above `after`, by position, at most `limit`; `bodies`: with those that are inline."""
+    query = sa.select(*(events.c if bodies else _BODILESS)).where(events.c.position > after)
     if tenant is not None:
         # An adapter has fewer events than its tenant.
         query = query.where((events.c.tenant if adapter is None else unindexed(events.c.tenant)) == tenant)
@@ -87,12 +91,20 @@ def audited(
     return decode_rows(connection, connection.execute(query.limit(limit)).mappings().all())
 
 
-def at_positions(connection: sa.Connection, positions: Collection[int]) -> list[Recorded]:
-    """The events at these positions, by position."""
+def body_at(connection: sa.Connection, position: int) -> bytes | None:
+    """The inline body of the event at a position, as stored."""
+    stored: bytes | None = connection.execute(sa.select(events.c.body).where(events.c.position == position)).scalar()
+    return stored
+
+
+def at_positions(connection: sa.Connection, positions: Collection[int], *, bodies: bool = True) -> list[Recorded]:
+    """The events at these positions, by position; `bodies`: with those that are inline."""
     found: list[Recorded] = []
     for part in in_parts(sorted(positions)):
         rows = connection.execute(
-            sa.select(events).where(events.c.position.in_(part)).order_by(events.c.position)
+            sa.select(*(events.c if bodies else _BODILESS))
+            .where(events.c.position.in_(part))
+            .order_by(events.c.position)
         ).mappings()
         found += decode_rows(connection, rows.all())
     return found

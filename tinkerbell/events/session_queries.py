@@ -62,9 +62,9 @@ class SessionQueries(Querying):
         return self._sessions(query.order_by(s.created_us, s.id))
 
     def is_session_used(self, tenant: str, session: str, since_us: int) -> bool:
-        """Whether a request to anything that the session of the tenant made was made since then, or still waits."""
+        """Whether a request to anything that the session of the tenant made was made since then, or still waits; of a
+        sample of the base model also whether it was answered since."""
         a, f, e = t.adapters.c, t.futures.c, t.events.c
-        recent = sa.or_(f.created_us >= since_us, sa.text(t.PENDING))
         of_session = sa.select(a.id).where(a.tenant == tenant, a.session == session)
         waits = sa.select(f.id).where(f.tenant == tenant, sa.text(t.PENDING), f.adapter.in_(of_session))
         if self._first(waits.limit(1)) is not None:
@@ -75,14 +75,16 @@ class SessionQueries(Querying):
             return True
         if all(sampler.checkpoint is not None for sampler in self.samplers(tenant, session)):
             return False
-        # Samples of the base model have no adapter, but a key.
-        query = (
+        # Samples of the base model have no adapter, but a key. What was asked since then waits, or was answered since.
+        samples = (
             sa.select(f.id)
             .join(t.events, e.position == f.id)
-            .where(f.tenant == tenant, f.adapter.is_(None), recent)
+            .where(f.tenant == tenant, f.adapter.is_(None))
             .where(e.idempotency_key.startswith(f"tinker:{session}:sample:", autoescape=True))
+            .limit(1)
         )
-        return self._first(query.limit(1)) is not None
+        recent = (sa.text(t.PENDING), f.done_us >= since_us)
+        return any(self._first(samples.where(condition)) is not None for condition in recent)
 
     def _sessions(self, query: sa.Select[*tuple[Any, ...]]) -> list[SessionRow]:
         return [msgspec.convert(with_json(row), SessionRow) for row in self._all(query)]

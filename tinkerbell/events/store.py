@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from tinkerbell.config import Settings
-from tinkerbell.errors import Corrupt, SchemaOutdated, StorageUnavailable, Unavailable
+from tinkerbell.errors import Corrupt, SchemaOutdated, ServerError, StorageUnavailable, Unavailable
 from tinkerbell.events import check, codec, outcomes, reading, schema, seals
 from tinkerbell.events.blobs import BlobFile, BlobStore
 from tinkerbell.events.check import CheckReport
@@ -85,6 +85,13 @@ class EventStore:
         self._write_engine.dispose()
         self._read_engine.dispose()
 
+    def failure(self) -> ServerError | None:
+        """Why nothing can be appended or handed over any more; None as long as it can."""
+        for thread, alive in (("writer", self._writer.alive), ("tail", self._tail.alive)):
+            if not alive:
+                return ServerError(f"the {thread} thread of the event store has ended")
+        return None
+
     def require_keys(self) -> None:
         """Raise KeyUnavailable where the key file does not fit the log, before somebody depends on it."""
         self._vault.require()
@@ -144,6 +151,11 @@ class EventStore:
 
     # ---- read ------------------------------------------------------------------------------------------------------
 
+    def at(self, positions: Collection[int]) -> list[Recorded]:
+        """The events at these positions, by position, without inline bodies, as `read` gives them."""
+        with self._read_engine.connect() as connection:
+            return reading.at_positions(connection, positions, bodies=False)
+
     def get(self, position: int) -> Recorded | None:
         """The event at a position."""
         with self._read_engine.connect() as connection:
@@ -158,10 +170,12 @@ class EventStore:
         tenant: str | None = None,
         adapter: str | None = None,
         types: Collection[str] | None = None,
+        bodies: bool = True,
     ) -> list[Recorded]:
-        """At most `limit` events with a position above `after`, by position."""
+        """At most `limit` events with a position above `after`, by position. Without `bodies` those that are inline are
+        left out, until somebody asks for one with `body`."""
         with self._read_engine.connect() as connection:
-            return reading.page(connection, after, limit, tenant=tenant, adapter=adapter, types=types)
+            return reading.page(connection, after, limit, tenant=tenant, adapter=adapter, types=types, bodies=bodies)
 
     def read_back(
         self, *, before: int | None = None, limit: int, adapter: str, types: Collection[str]
@@ -196,12 +210,11 @@ class EventStore:
         Compacted, KeyUnavailable."""
         if recorded.body_codec is None:
             return None
-        stored = recorded.body
-        if stored is None:
-            if "body" not in recorded.blobs:
-                raise self._missing_body(recorded.position)
+        if "body" in recorded.blobs:
             stored = self._stored_blob(recorded.blobs["body"])
-        elif not codec.has_hash(stored, recorded.body_hash):
+            return codec.decode_body(type_of(recorded.event), recorded.body_codec, self._vault.open(stored))
+        stored = recorded.body if recorded.body is not None else self._inline_body(recorded.position)
+        if not codec.has_hash(stored, recorded.body_hash):
             raise Corrupt(f"the body of event {recorded.position} has other bytes than were written")
         return codec.decode_body(type_of(recorded.event), recorded.body_codec, self._vault.open(stored))
 
@@ -227,13 +240,17 @@ class EventStore:
             with self._read_engine.connect() as connection:
                 raise why_blob_gone(connection, digest) or exc from exc
 
-    def _missing_body(self, position: int) -> Exception:
+    def _inline_body(self, position: int) -> bytes:
         with self._read_engine.connect() as connection:
-            return why_gone(connection, position) or Corrupt(f"event {position} has lost its body")
+            stored = reading.body_at(connection, position)
+            if stored is None:
+                raise why_gone(connection, position) or Corrupt(f"event {position} has lost its body")
+        return stored
 
     def subscribe(self, callback: Callback, *, after: int | None = None) -> Callable[[], None]:
         """Call back with every committed event above `after` (default: from now on), of any process, exactly once
-        and in order, on the store's tail thread. Returns the way to end it.
+        and in order, on the store's tail thread. Returns the way to end it. Inline bodies are there of what this
+        process commits; `body` reads the others.
 
         What this process commits is handed over at once, others' events within 250 ms. A callback must not block:
         all subscribers share the thread.

@@ -1,4 +1,5 @@
-"""Hands every committed event to the subscribers: exactly once each, in order, whichever process wrote it."""
+"""Hands every committed event to the subscribers: exactly once each, in order, whichever process wrote it. What is read
+from the database for that is read once for all of them, and without bodies."""
 
 import logging
 import threading
@@ -76,6 +77,11 @@ class Tail:
 
         return unsubscribe
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     def close(self) -> None:
         """End the thread; events not handed over yet stay in the log."""
         with self._changed:
@@ -100,18 +106,24 @@ class Tail:
                 if subscriptions:
                     self._serve(subscriptions)
                 wait_s = POLL_S
-            except (sa.exc.SQLAlchemyError, ServerError) as exc:
-                # An event that cannot be read is never passed over.
+            except Exception as exc:
+                # The thread goes on whatever it was: nobody would start it again.
                 wait_s = min(2 * wait_s, SLOW_POLL_S)
-                log.error("the log cannot be read, trying again in %s s: %s", wait_s, exc.__cause__ or exc)
+                expected = isinstance(exc, (sa.exc.SQLAlchemyError, ServerError, OSError))
+                told = exc.__cause__ or exc
+                log.error("the log cannot be read, trying again in %s s: %s", wait_s, told, exc_info=not expected)
 
     def _serve(self, subscriptions: list[_Subscription]) -> None:
         """Bring every subscription to the head, a page at a time, so that one far behind does not delay the rest."""
         head = self._head()
         behind = [subscription for subscription in subscriptions if subscription.cursor < head]
         while behind and not self._closed:
+            pages: dict[int, list[Recorded]] = {}
             for subscription in behind:
-                events = self._next(subscription.cursor)
+                # Whoever is at the same place gets the same page: it is read once.
+                events = pages.get(subscription.cursor)
+                if events is None:
+                    events = pages[subscription.cursor] = self._next(subscription.cursor)
                 if not events or events[0].position != subscription.cursor + 1:
                     raise Corrupt(f"event {subscription.cursor + 1} is missing from the log")
                 subscription.cursor = events[-1].position
@@ -136,7 +148,7 @@ class Tail:
                 skip = cursor + 1 - self._window[0].position
                 return list(islice(self._window, skip, skip + PAGE_EVENTS))
         with self._engine.connect() as connection:
-            return reading.page(connection, cursor, PAGE_EVENTS)
+            return reading.page(connection, cursor, PAGE_EVENTS, bodies=False)
 
     def _is_wanted(self, subscription: _Subscription) -> bool:
         with self._changed:

@@ -125,6 +125,11 @@ class Writer:
                 return
         outcomes.deliver([(entry.waiter, Unavailable("the event store is closed"))])
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     def close(self) -> None:
         """Write what is queued, then end the thread."""
         with self._closing:
@@ -139,9 +144,17 @@ class Writer:
         while group := self._take():
             # A submit cancelled before this line never happened; from here on it cannot be cancelled.
             running = [entry for entry in group if outcomes.is_wanted(entry.waiter)]
-            named = self._write(running) if running else set()
-            if files := [file for entry in group for file in entry.files if bytes.fromhex(file.digest) not in named]:
-                self._on_refused(files)
+            try:
+                named = self._write(running) if running else set()
+                if files := [
+                    file for entry in group for file in entry.files if bytes.fromhex(file.digest) not in named
+                ]:
+                    self._on_refused(files)
+            except Exception:
+                # Whoever comes next has no part in it. What became of these nobody knows; their files stay.
+                log.exception("%d submits broke the writer", len(running))
+                unknown = Unavailable("the event store broke off; what was asked may have been done")
+                outcomes.deliver_rest([(entry.waiter, unknown) for entry in running])
 
     def _take(self) -> list[Entry]:
         """The next group; empty when the store is closed and everything is written."""

@@ -89,9 +89,9 @@ class Leader:
         def hand_over(events: Sequence[Recorded]) -> None:
             loop.call_soon_threadsafe(self._absorb, events)
 
-        backlog = await asyncio.to_thread(read_backlog, self._store)
-        self._take_over(backlog)
-        unsubscribe = self._store.subscribe(hand_over, after=backlog.head)
+        # Nothing keeps the backlog: it may be large, and a leadership long.
+        head = self._take_over(await asyncio.to_thread(read_backlog, self._store))
+        unsubscribe = self._store.subscribe(hand_over, after=head)
         chores = [asyncio.create_task(chore.run()) for chore in self._chores]
         try:
             self._record_environment()
@@ -128,7 +128,8 @@ class Leader:
 
     # ---- what was asked ----
 
-    def _take_over(self, backlog: Backlog) -> None:
+    def _take_over(self, backlog: Backlog) -> int:
+        """The position up to which it is known what waits."""
         self._pending = Pending(after=backlog.head)
         for tenant, weight in backlog.weights.items():
             self._shares.set_weight(tenant, weight)
@@ -141,6 +142,7 @@ class Leader:
         for position in backlog.cancelled:
             self._pending.cancel(position)
         log.info("leading epoch=%d position=%d pending=%d", self._lease.epoch, backlog.head, len(self._pending))
+        return backlog.head
 
     def _absorb(self, events: Sequence[Recorded]) -> None:
         try:

@@ -35,12 +35,10 @@ def read_backlog(store: EventStore) -> Backlog:
     head = store.head()
     # Read after the head is known, so that nothing falls between this and a subscription from `head`.
     rows = [row for row in store.queries.pending() if row.id <= head]
-    requests: list[Recorded] = []
-    for row in rows:
-        recorded = store.get(row.id)
-        if recorded is None:
-            raise Corrupt(f"event {row.id} is missing")
-        requests.append(recorded)
+    # Without bodies, which are read when their turn comes.
+    requests = store.at([row.id for row in rows])
+    if missing := {row.id for row in rows} - {request.position for request in requests}:
+        raise Corrupt(f"event {min(missing)} is missing")
     weights = store.queries.weights()
     return Backlog(head, requests, _ran(store, requests), _cancelled(store, requests), weights, _ended(store, requests))
 

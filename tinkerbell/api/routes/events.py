@@ -4,21 +4,24 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Annotated
 
-import msgspec
 from litestar import Router, get
 from litestar.di import NamedDependency
 from litestar.params import HeaderParameter, QueryParameter
-from litestar.response import ServerSentEvent, ServerSentEventMessage
+from litestar.response import ServerSentEventMessage, Stream
 
-from tinkerbell.api import validation, views
+from tinkerbell.api import validation
 from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context
+from tinkerbell.api.feed import line_of
 from tinkerbell.api.paging import MAX_POSITION
 from tinkerbell.api.problems import problems
 from tinkerbell.types import AdapterId
 
 PING_S = 10.0
 """A comment after this long without events keeps proxies from closing the connection."""
+
+_PING = ServerSentEventMessage(comment="ping", data=None).encode()
+_HEADERS = {"Cache-Control": "no-cache", "Connection": "keep-alive", "X-Accel-Buffering": "no"}
 
 _PAGE = 200
 """Events read at a time: what a slow reader holds in memory."""
@@ -57,7 +60,7 @@ async def stream_events(
     after: After = None,
     last_event_id: LastEventId = None,
     adapter_id: Adapter = None,
-) -> ServerSentEvent:
+) -> Stream:
     """Server-sent events: `id` is the position, `event` the type, `data` a LogEvent. Ends when the server
     stops or the key is revoked; reconnect with `Last-Event-ID`."""
     if adapter_id is not None:
@@ -68,31 +71,40 @@ async def stream_events(
     position = last_event_id if last_event_id is not None else after
     if position is None:
         position = await context.read(principal.tenant, context.store.head)
-    return ServerSentEvent(_follow(context, principal, position, adapter_id))
+    lines = follow(context, principal, position, adapter_id)
+    return Stream(lines, media_type="text/event-stream", headers=_HEADERS)
 
 
-async def _follow(
+async def follow(
     context: Context, principal: Principal, position: int, adapter: AdapterId | None
-) -> AsyncGenerator[ServerSentEventMessage, None]:
-    store = context.store
-    with context.doorbell.bell(principal.tenant) as bell:
+) -> AsyncGenerator[bytes, None]:
+    """The events after a position as they come, until the server stops or the key is revoked. The log is read for what
+    was there before, a page at a time; what comes is the same lines for all streams of the tenant."""
+    tenant, store = principal.tenant, context.store
+    with context.feed.window(tenant) as (window, bell):
         # An id without data is no event, but where a reader goes on that loses the stream before the first.
-        yield ServerSentEventMessage(id=position, comment=f"after {position}", data=None)
+        yield ServerSentEventMessage(id=position, comment=f"after {position}", data=None).encode()
         while not context.stopping.is_set():
             bell.clear()
             if not await context.gate.still_valid(principal):
                 return
-            page = await context.read(
-                principal.tenant, store.read, position, limit=_PAGE, tenant=principal.tenant, adapter=adapter
-            )
-            for recorded in page:
-                if context.stopping.is_set():
-                    return
-                position = recorded.position
-                view = views.log_event(recorded)
-                yield ServerSentEventMessage(id=position, event=view.type, data=msgspec.json.encode(view))
-            if len(page) < _PAGE and not await _rang(bell, PING_S):
-                yield ServerSentEventMessage(comment="ping", data=None)
+            complete = position >= window.after
+            if complete:
+                lines = window.lines_after(position)
+            else:
+                newest = window.after
+                page = await context.read(
+                    tenant, store.read, position, limit=_PAGE, tenant=tenant, adapter=adapter, bodies=False
+                )
+                lines = [line_of(recorded) for recorded in page]
+                # A page that is not full has all there was, and what is in the window came later.
+                position = max(position, newest) if len(page) < _PAGE else position
+            if lines and not context.stopping.is_set():
+                position = max(position, lines[-1].position)
+                if content := b"".join(line.content for line in lines if adapter in (None, line.adapter)):
+                    yield content
+            if complete and not await _rang(bell, PING_S):
+                yield _PING
 
 
 async def _rang(bell: asyncio.Event, timeout_s: float) -> bool:

@@ -29,7 +29,7 @@ async def wait_for(context: Context, tenant: TenantId, future_id: int, wait_s: f
     if found is None:
         raise NotFound(f"There is no future {future_id}.")
     row, result = found
-    if result is not None and "body" not in result.blobs:
+    if result is not None and (result.body is not None or result.body_codec is None):
         # It came with its answer: nothing is left to read.
         return _view(context, row, result)
     return await context.read(tenant, _view, context, row, result)

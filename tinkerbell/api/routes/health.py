@@ -26,7 +26,7 @@ def _unavailable(container: type[wire.Health] | type[wire.Readiness], descriptio
     opt=PUBLIC,
     security=[{}],
     sync_to_thread=False,
-    responses=_unavailable(wire.Health, "The scheduler has ended; restart the server."),
+    responses=_unavailable(wire.Health, "The scheduler or the event store has ended; restart the server."),
 )
 def healthz(context: NamedDependency[Context]) -> Response[wire.Health]:
     """Also names the durability of what is acknowledged."""
@@ -60,7 +60,7 @@ def _not_ready(context: Context) -> str:
     if context.stopping.is_set():
         return "The server is stopping."
     if context.failure() is not None:
-        return "The scheduler has ended."
+        return "The scheduler or the event store has ended."
     if context.executor_away():
         return "The executor has ended; it is being started again."
     try:

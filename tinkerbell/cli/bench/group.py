@@ -12,6 +12,7 @@ BENCHMARKS = {
     "sample": "tinkerbell.cli.bench.sample:sample",
     "server": "tinkerbell.cli.bench.server:server",
     "recovery": "tinkerbell.cli.bench.recovery:recovery",
+    "scale": "tinkerbell.cli.bench.scale:scale",
     "neighbour": "tinkerbell.cli.bench.neighbour:neighbour",
 }
 """Name -> where its click command is."""
@@ -29,5 +30,6 @@ def bench() -> None:
     tinkerbell bench sample
     tinkerbell bench server
     tinkerbell bench recovery
+    tinkerbell bench scale
     tinkerbell bench neighbour
     """

@@ -9,7 +9,7 @@ import msgspec
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import NewEvent, Recorded
 from tinkerbell.events.store import EventStore
-from tinkerbell.types import SYSTEM_TENANT, AdamParams, Datum, LoraConfig, LossSpec, TenantId
+from tinkerbell.types import SYSTEM_TENANT, AdamParams, Datum, LoraConfig, LossSpec, SamplingParams, TenantId
 
 LIVES_AT_ONCE = 32
 BASE32 = str.maketrans("0189", "wxyz")
@@ -50,6 +50,13 @@ class LongLog:
         for start in range(0, num_lives, LIVES_AT_ONCE):
             self._live(lives[start : start + LIVES_AT_ONCE], num_steps)
         return lives
+
+    def wait(self, tenant: TenantId, num_requests: int) -> None:
+        """Samples from the base model that have no answer."""
+        event = kinds.SampleRequested(params=SamplingParams(max_tokens=1), num_tokens=8)
+        body = kinds.SampleBody(bytes(32))
+        new = NewEvent(event=event, body=body, tenant=tenant, stream=f"tenant/{tenant}")
+        self._store.append(*[new] * num_requests)
 
     def train(self, lives: Sequence[Life], steps: Iterator[int]) -> None:
         """Training steps of models that are there, numbered from 1."""

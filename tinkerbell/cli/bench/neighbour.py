@@ -112,9 +112,11 @@ def run(data_dir: Path, seconds: float, lives: int, names: tuple[str, ...]) -> R
         steps = Steps(server.url, keys[NEIGHBOUR])
         alone = closed_loop([steps], 2 * seconds)
         rows = [_row(ALONE, alone, alone, None)]
+        click.echo(f"{ALONE}: p50 {alone.p50_ms:.1f} ms, p99 {alone.p99_ms:.1f} ms", err=True)
         for name in names:
             beside = _beside(name, target, steps, seconds)
             rows.append(_row(name, beside, alone, _calm_s(steps, alone)))
+            click.echo(f"{name}: p50 {rows[-1]['p50_ratio']:.1f}x, p99 {rows[-1]['p99_ratio']:.1f}x", err=True)
             if server.returncode is not None:
                 raise ServerError(f"The server ended at {name}; its log ends with:\n{server.log_tail()}")
     return rows

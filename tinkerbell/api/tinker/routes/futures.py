@@ -22,7 +22,9 @@ HOLD_S = 30.0
 """The SDK gives up on a poll after 45 s, and asks again at once after an answer that says: not yet."""
 
 PAGE = 1000
-"""Answers looked at in one read."""
+"""Answers looked at in one read,"""
+SPAN = 20_000
+"""of so many events of the log."""
 
 
 @post("/retrieve_future", status_code=200)
@@ -62,22 +64,24 @@ async def retrieve_futures(
         made = await context.read(principal.tenant, context.store.original, principal.tenant, f"tinker:{sampler.id}")
         cursor = made.recorded.position if made is not None else 0
 
-    def read() -> tuple[list[AnsweredRow], int]:
+    def read() -> tuple[list[AnsweredRow], int, bool]:
         head = context.store.head()
-        rows = context.store.queries.answered_samples(principal.tenant, key, cursor, head, PAGE)
-        return rows, rows[-1].result_position if len(rows) == PAGE else max(head, cursor)
+        until = min(head, cursor + SPAN)
+        rows = context.store.queries.answered_samples(principal.tenant, key, cursor, until, PAGE)
+        full = len(rows) == PAGE
+        return rows, rows[-1].result_position if full else max(until, cursor), until == head and not full
 
     with context.waiter.watching(principal.tenant) as answered:
         while True:
             answered.clear()
-            rows, cursor = await context.read(principal.tenant, read)
+            rows, cursor, is_all = await context.read(principal.tenant, read)
             found = [row for row in rows if _client_of(row, key) == data.target.cloned_sampler_id]
             left_s = deadline - loop.time()
-            if found or left_s <= 0 or context.waiter.stopped:
+            if found or left_s <= 0 or context.waiter.stopped or not is_all:
+                # Where there is more to look at, the client asks again from here.
                 return m.Completions(completions=[_completion(row) for row in found], cursor=cursor)
-            if len(rows) < PAGE:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(answered.wait(), left_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(answered.wait(), left_s)
 
 
 def _client_of(row: AnsweredRow, key: str) -> int:

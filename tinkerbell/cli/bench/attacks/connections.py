@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack, suppress
 from multiprocessing.synchronize import Event
 
-from tinkerbell.cli.bench.attacks.target import Target, again
+from tinkerbell.cli.bench.attacks.target import Caller, Target, again
 
 NUM_SLOW = 200
 NUM_IDLE = 1000
@@ -43,12 +43,12 @@ def slow_headers(target: Target, stop: Event) -> None:
 
 def idle_connections(target: Target, stop: Event) -> None:
     """1,000 connections on which nothing is said."""
+    connections: list[socket.socket] = []
     with ExitStack() as opened:
         while not stop.is_set():
             with suppress(OSError):
-                if len(opened._exit_callbacks) < NUM_IDLE:  # type: ignore[attr-defined]
-                    opened.enter_context(target.connection())
-                    continue
+                while len(connections) < NUM_IDLE and not stop.is_set():
+                    connections.append(opened.enter_context(target.connection()))
             stop.wait(LOOK_S)
 
 
@@ -72,8 +72,6 @@ def unfinished_bodies(target: Target, stop: Event) -> None:
 
 def event_streams(target: Target, stop: Event) -> None:
     """1,000 streams of the attacker's events, and events for them."""
-    from tinkerbell.cli.bench.attacks.target import Caller
-
     caller, body = Caller(target), {"sdk_version": "0.38.0"}
     with ExitStack() as opened, selectors.DefaultSelector() as selector:
         for _ in range(NUM_STREAMS):

@@ -1,5 +1,6 @@
 """Requests: valid ones, too many or too dear."""
 
+import json
 from multiprocessing.synchronize import Event
 
 from tinkerbell.cli.bench.attacks.target import Caller, Target
@@ -38,9 +39,7 @@ def adapters(target: Target, stop: Event) -> None:
     while not stop.is_set():
         status, answer = caller.call("POST", "/v1/adapters", b"{}")
         if status == 202:
-            from json import loads
-
-            caller.call("DELETE", f"/v1/adapters/{loads(answer)['adapter_id']}")
+            caller.call("DELETE", f"/v1/adapters/{json.loads(answer)['adapter_id']}")
 
 
 def sessions(target: Target, stop: Event) -> None:
