@@ -25,6 +25,9 @@ T = TypeVar("T")
 PUBLIC = {"public": True}
 """`opt` of a route that needs no key."""
 
+REVOKED_TOO = {"revoked_too": True}
+"""`opt` of a route that a revoked key may still ask: to be revoked."""
+
 CACHE_TTL_S = 2.0
 """A revoked key opens nothing after this long, in every process."""
 
@@ -76,7 +79,9 @@ class Gate:
         self._keyless_until = 0.0
         self._keyless = False
 
-    async def principal(self, connection: ASGIConnection[Any, Any, Any, Any]) -> Principal:
+    async def principal(
+        self, connection: ASGIConnection[Any, Any, Any, Any], *, revoked_too: bool = False
+    ) -> Principal:
         """Raises Unauthorized, or Forbidden where a local server is called by a foreign name."""
         if await self._is_keyless():
             _check_host(connection.headers.get("host", ""))
@@ -89,7 +94,7 @@ class Gate:
         digest = hashlib.sha256(secret.encode()).hexdigest()
         # Unknown keys are compared as well: the time taken must not tell which ids exist.
         matches = hmac.compare_digest(digest, row.key_hash if row else _NO_HASH)
-        if row is None or not matches or row.revoked_us is not None:
+        if row is None or not matches or not (row.revoked_us is None or revoked_too):
             raise Unauthorized("This API key is not valid.")
         return Principal(tenant=row.tenant, key_id=row.key_id, admin=row.admin)
 
@@ -161,4 +166,6 @@ def _check_host(header: str) -> None:
 async def authenticate(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
     """App-level guard: every route that is not marked PUBLIC has a principal."""
     if not handler.opt.get("public"):
-        connection.scope["user"] = await connection.app.state.context.gate.principal(connection)
+        gate: Gate = connection.app.state.context.gate
+        revoked_too = bool(handler.opt.get("revoked_too"))
+        connection.scope["user"] = await gate.principal(connection, revoked_too=revoked_too)

@@ -1,6 +1,7 @@
 """Which request an idempotency key stands for."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -24,15 +25,16 @@ def find(store: EventStore, tenant: TenantId, key: str | None, asked: bytes | No
     return original.recorded
 
 
-def request_hash(kind: str, path_id: AdapterId | None, raw: bytes) -> bytes:
+def request_hash(kind: str, path_id: AdapterId | None, raw: bytes, without: Sequence[str] = ("adapter_id",)) -> bytes:
     """sha256 over the kind of request, the adapter named by the caller, and the body in canonical JSON.
 
-    The body as the caller sent it, so that neither generated ids nor a new release's defaults change it. The
-    adapter of an alias's body counts as the path's: both ways to ask are one request. Raises InvalidRequest where
-    the body is not JSON.
+    The body as the caller sent it, so that neither generated ids nor a new release's defaults change it, less the
+    fields `without`: the adapter of an alias's body counts as the path's, so that both ways to ask are one request.
+    Raises InvalidRequest where the body is not JSON.
     """
     body: Any = decode(raw, Any) if raw else {}
     if isinstance(body, dict):
-        body.pop("adapter_id", None)
+        for field in without:
+            body.pop(field, None)
     canonical = msgspec.json.encode([kind, path_id, body], order="deterministic")
     return hashlib.sha256(canonical).digest()

@@ -1,5 +1,6 @@
 """What `/v1` can be asked to do, from wire bodies to request events."""
 
+import asyncio
 import secrets
 from collections.abc import Callable
 
@@ -46,8 +47,17 @@ class Submitter(Submitting):
         return await self._future("add_lora", new_id("ad"), draft, path_id=None)
 
     async def remove_lora(self, adapter: AdapterId) -> wire.Future:
-        """The adapter leaves after what was asked before."""
+        """The adapter leaves after what was asked before. Asked again, it is the same request, unless that failed."""
+        asked = await asyncio.to_thread(self._removal, validation.adapter_id(adapter))
+        if asked is not None:
+            return views.submitted(asked, None)
         return await self._for_adapter("remove_lora", adapter, lambda _: Draft(event=kinds.RemoveLoraRequested()))
+
+    def _removal(self, adapter: AdapterId) -> kinds.Recorded | None:
+        """The request that removes or has removed the adapter."""
+        store = self._context.store
+        row = store.queries.newest_request(self._tenant, adapter, "remove_lora")
+        return store.get(row.id) if row is not None and row.state != "failed" else None
 
     async def forward(self, adapter: AdapterId, body: wire.Forward) -> wire.Future:
         """Loss, logprobs and outputs only."""

@@ -74,9 +74,10 @@ class Submitting:
         draft: Callable[[ModelInfo], Draft],
         *,
         path_id: AdapterId | None,
+        asked: bytes | None = None,
     ) -> tuple[kinds.Recorded, int | None]:
         """The committed request, and its place in the tenant's line if it is new. `path_id`: the adapter as the caller
-        named it. `draft` may block.
+        named it; `asked`: hash of the request, where it is not that of its whole body. `draft` may block.
 
         Raises what `draft` raises, NotFound, Conflict, IdempotencyConflict, TooManyRequests, TooLarge, Unavailable.
         """
@@ -96,7 +97,7 @@ class Submitting:
 
         def prepare() -> Prepared:
             keyed = caller.idempotency_key is not None
-            hashed = self._request_hash(kind, path_id) if keyed else None
+            hashed = (asked or self._request_hash(kind, path_id)) if keyed else None
             try:
                 made = draft(context.model())
                 held = Held(1, made.tokens, made.adapters)

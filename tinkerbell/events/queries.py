@@ -84,6 +84,15 @@ class Queries(AdapterQueries, BaseModelQueries, SessionQueries, UsageQueries):
         rows = self._all(sa.select(f.adapter, f.created_us).where(f.id.in_(ids)))
         return {row["adapter"]: row["created_us"] for row in rows}
 
+    def newest_request(self, tenant: str, adapter: str, kind: str) -> FutureRow | None:
+        """The last request of this kind to an adapter of the tenant."""
+        c = t.futures.c
+        query = sa.select(*columns(t.futures, FutureRow)).where(
+            c.tenant == tenant, c.adapter == adapter, c.kind == kind
+        )
+        row = self._first(query.order_by(c.id.desc()).limit(1))
+        return row_of(FutureRow, row) if row else None
+
     def answered_samples(self, tenant: str, key_prefix: str, after: int, until: int, limit: int) -> list[AnsweredRow]:
         """The tenant's samples with such an idempotency key whose answers lie in (after, until], in order of these."""
         request, result = t.events.alias("request"), t.events.alias("result")

@@ -265,7 +265,8 @@ class Writer:
         return group
 
     def _admit(self, group: _Group, entry: Entry, items: Sequence[Item], now_us: int) -> bool:
-        """Admit all the items or none."""
+        """Admit all the items or none. Where the last is there already, those before it are as well, or were made for
+        a retry that needs them no more: nothing is added."""
         # A single event changes nothing when the rules refuse it.
         state = group.state if len(items) == 1 and not items[0].names_blobs else group.state.fork()
         admitted: list[Admitted] = []
@@ -284,10 +285,11 @@ class Writer:
         except (TinkerbellError, TypeError) as exc:
             group.outcomes.append((entry.waiter, exc))
             return False
-        if state is not group.state:
-            group.state.merge(state)
-        group.admitted += admitted
-        group.lengths |= lengths
+        if isinstance(placed, Admitted):
+            if state is not group.state:
+                group.state.merge(state)
+            group.admitted += admitted
+            group.lengths |= lengths
         if entry.lease_call is None:
             group.outcomes.append((entry.waiter, recorded))
         return True

@@ -23,7 +23,6 @@ def test_a_name_is_taken_until_it_is_overwritten_or_gone(tinker: Tinker) -> None
     tinker.saved(model, 3, overwrite=True)
     route = f"training_runs/{model}/checkpoints/weights/step-1"
     assert tinker.call("DELETE", route).status_code == 204
-    assert tinker.call("DELETE", route).status_code == 404
     tinker.saved(model, 4)
     for name in ("", "a/b", "../x", "x" * 65, "a b"):
         assert tinker.post("save_weights", model_id=model, seq_id=5, path=name).status_code == 400, name

@@ -41,14 +41,22 @@ def base_model(model: ModelInfo) -> str:
     return served_names(model)[0]
 
 
-def usable_at(queries: Queries, tenant: TenantId, path: names.Path) -> CheckpointRow:
-    """The checkpoint that the path names. Raises NotFound."""
+def named_by(queries: Queries, tenant: TenantId, path: names.Path) -> CheckpointRow:
+    """The checkpoint that has the path or had it last, deleted and expired ones too. Raises NotFound."""
     row = queries.saved(tenant, path.model, path.use, path.name)
     if row is None and path.use == "state":
         # Saved through /v1 without a name.
         found = queries.checkpoint(tenant, path.name)
         row = found if found is not None and found.kind == "save" and found.adapter == path.model else None
-    if row is None or not row.is_usable(time.time_ns() // 1000):
+    if row is None:
+        raise names.no_path(path)
+    return row
+
+
+def usable_at(queries: Queries, tenant: TenantId, path: names.Path) -> CheckpointRow:
+    """The checkpoint that the path names. Raises NotFound."""
+    row = named_by(queries, tenant, path)
+    if not row.is_usable(time.time_ns() // 1000):
         raise names.no_path(path)
     return row
 
@@ -100,9 +108,11 @@ class TinkerSubmitting(Submitting):
 
     # ---- the common path -------------------------------------------------------------------------------------------
 
-    async def _for_model(self, kind: str, model_id: AdapterId, draft: Callable[[ModelInfo], Draft]) -> m.Submitted:
+    async def _for_model(
+        self, kind: str, model_id: AdapterId, draft: Callable[[ModelInfo], Draft], asked: bytes | None = None
+    ) -> m.Submitted:
         try:
-            recorded, _ = await self.submit(kind, validation.adapter_id(model_id), draft, path_id=model_id)
+            recorded, _ = await self.submit(kind, validation.adapter_id(model_id), draft, path_id=model_id, asked=asked)
         except NotFound as exc:
             raise await self._context.read(self._tenant, self._explained, exc, model_id) from exc
         return m.Submitted(request_id=str(recorded.position), model_id=model_id)

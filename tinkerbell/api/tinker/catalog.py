@@ -8,7 +8,7 @@ from tinkerbell.api import validation
 from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context
 from tinkerbell.api.tinker import names, reading
-from tinkerbell.api.tinker.base import base_model, usable_at
+from tinkerbell.api.tinker.base import base_model, named_by, usable_at
 from tinkerbell.api.views import rfc3339
 from tinkerbell.events.queries import Queries
 from tinkerbell.events.rows import AdapterRow, CheckpointRow
@@ -81,6 +81,11 @@ class Catalog:
         """Raises NotFound, InvalidRequest."""
         path = names.parse_path(f"tinker://{run_id}/{kind}/{name}")
         return usable_at(self._queries, self._tenant, path)
+
+    def last_at(self, run_id: str, kind: str, name: str) -> CheckpointRow:
+        """As `at`, deleted and expired ones too."""
+        path = names.parse_path(f"tinker://{run_id}/{kind}/{name}")
+        return named_by(self._queries, self._tenant, path)
 
 
 def _listed(row: CheckpointRow | None) -> dict[str, Any] | None:

@@ -19,6 +19,9 @@ from tinkerbell.events import kinds
 from tinkerbell.events.rows import CheckpointRow
 from tinkerbell.types import AdapterId, ModelInfo
 
+RENUMBERED = ("sampling_session_seq_id",)
+"""Of a save for a sampler: the SDK takes another number each time that it sends the same request again."""
+
 
 class CheckpointSubmitting(TinkerSubmitting):
     """Submits what concerns checkpoints."""
@@ -86,7 +89,8 @@ class CheckpointSubmitting(TinkerSubmitting):
         return await self._for_model("save", body.model_id, draft)
 
     async def save_for_sampler(self, body: m.SaveWeightsForSampler) -> m.Submitted:
-        """A checkpoint to sample from; without a name for one sampling session, which is made with it."""
+        """A checkpoint to sample from; without a name for one sampling session, which is made with it. A retry gives
+        the sampling session of the first time, whatever number it comes with."""
         self._require_small()
         if body.kind != "snapshot":
             raise InvalidRequest(f"kind: {body.kind!r} is not served; a sampler keeps the weights it was made with.")
@@ -116,7 +120,8 @@ class CheckpointSubmitting(TinkerSubmitting):
             made = kinds.SamplerCreated(sampler=sampler, session=session, checkpoint=checkpoint)
             return Draft(event=event, before=(self._sampler_event(made),))
 
-        return await self._for_model("save", body.model_id, unnamed)
+        asked = idempotency.request_hash("save", body.model_id, self._caller.raw, RENUMBERED)
+        return await self._for_model("save", body.model_id, unnamed, asked)
 
     async def copy_weights(self, body: m.CopyWeights, client: str) -> names.Path:
         """A checkpoint once more, of the same kind and with the same bytes, in a new run that cannot be trained. Its
@@ -193,11 +198,11 @@ class CheckpointSubmitting(TinkerSubmitting):
         published: bool | None = None,
         expires_us: int | msgspec.UnsetType | None = msgspec.UNSET,
     ) -> None:
-        """What is not given stays as it is."""
+        """What is not given stays as it is. Its retry, also after other changes, changes nothing."""
         changed = kinds.CheckpointChanged(
             checkpoint=row.id,
             expires_us=row.expires_us if isinstance(expires_us, msgspec.UnsetType) else expires_us,
             published=row.published if published is None else published,
             deleted=deleted,
         )
-        await self._write(self._event(changed, None))
+        await self._write(self._event(changed, self._caller.idempotency_key))

@@ -63,4 +63,4 @@ class SessionSubmitting(TinkerSubmitting):
 
     async def revoke_key(self, key_id: str) -> None:
         """A key of the caller's."""
-        await self._write(self._event(kinds.KeyRevoked(key_id=key_id), None))
+        await self._write(self._event(kinds.KeyRevoked(key_id=key_id), f"tinker:revoke:{key_id}"))

@@ -8,7 +8,7 @@ from litestar import Router, delete, get
 from litestar.di import NamedDependency
 from litestar.params import FromQuery, QueryParameter
 
-from tinkerbell.api.auth import Principal
+from tinkerbell.api.auth import REVOKED_TOO, Principal
 from tinkerbell.api.context import Context
 from tinkerbell.api.tinker import names
 from tinkerbell.api.tinker.base import base_model
@@ -105,9 +105,9 @@ async def show_key(context: NamedDependency[Context], principal: NamedDependency
     }
 
 
-@delete("/auth/apikey/me", status_code=204)
+@delete("/auth/apikey/me", status_code=204, opt=REVOKED_TOO)
 async def revoke_key(principal: NamedDependency[Principal], submit: NamedDependency[Submit]) -> None:
-    """Nobody gets in with it from now on."""
+    """Nobody gets in with it from now on; asked again, nothing more happens."""
     if principal.key_id is None:
         raise InvalidRequest("This server runs without keys; there is none to revoke.")
     await submit(None).revoke_key(principal.key_id)

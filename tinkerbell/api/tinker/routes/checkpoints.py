@@ -18,6 +18,7 @@ from tinkerbell.api.tinker import messages as m
 from tinkerbell.api.tinker.base import base_model
 from tinkerbell.api.tinker.catalog import Catalog, ask, now_us
 from tinkerbell.api.tinker.dependencies import Submit
+from tinkerbell.api.tinker.submitter import TinkerSubmitter
 from tinkerbell.api.views import rfc3339
 from tinkerbell.errors import InvalidRequest, NotFound
 from tinkerbell.events.rows import CheckpointRow
@@ -64,31 +65,50 @@ async def provide_checkpoint(
     return await ask(context, principal, lambda catalog: catalog.at(run_id, kind, name))
 
 
+async def provide_change(request: ApiRequest, submit: NamedDependency[Submit]) -> TinkerSubmitter:
+    """What happens once for all that carry the SDK's key of one call."""
+    key = request.headers.get("x-idempotency-key")
+    return submit(key and f"change:{key}")
+
+
 @delete("/", status_code=204)
-async def delete_checkpoint(checkpoint: NamedDependency[CheckpointRow], submit: NamedDependency[Submit]) -> None:
-    """Nobody can use it from now on; `tinkerbell db compact` frees its bytes."""
-    await submit(None).change_checkpoint(checkpoint, deleted=True)
+async def delete_checkpoint(
+    run_id: FromPath[str],
+    kind: FromPath[str],
+    name: FromPath[str],
+    context: NamedDependency[Context],
+    principal: NamedDependency[Principal],
+    change: NamedDependency[TinkerSubmitter],
+) -> None:
+    """Nobody can use it from now on; `tinkerbell db compact` frees its bytes. Asked again, nothing more happens."""
+    last = await ask(context, principal, lambda catalog: catalog.last_at(run_id, kind, name))
+    if last.is_usable(now_us()):
+        await change.change_checkpoint(last, deleted=True)
 
 
 @post("/publish", status_code=204)
-async def publish_checkpoint(checkpoint: NamedDependency[CheckpointRow], submit: NamedDependency[Submit]) -> None:
+async def publish_checkpoint(
+    checkpoint: NamedDependency[CheckpointRow], change: NamedDependency[TinkerSubmitter]
+) -> None:
     """Marks it; tenants see their own checkpoints only, published or not."""
-    await submit(None).change_checkpoint(checkpoint, published=True)
+    await change.change_checkpoint(checkpoint, published=True)
 
 
 @delete("/publish", status_code=204)
-async def unpublish_checkpoint(checkpoint: NamedDependency[CheckpointRow], submit: NamedDependency[Submit]) -> None:
+async def unpublish_checkpoint(
+    checkpoint: NamedDependency[CheckpointRow], change: NamedDependency[TinkerSubmitter]
+) -> None:
     """Takes the mark back."""
-    await submit(None).change_checkpoint(checkpoint, published=False)
+    await change.change_checkpoint(checkpoint, published=False)
 
 
 @put("/ttl", status_code=204)
 async def set_ttl(
-    data: JSONBody[m.Ttl], checkpoint: NamedDependency[CheckpointRow], submit: NamedDependency[Submit]
+    data: JSONBody[m.Ttl], checkpoint: NamedDependency[CheckpointRow], change: NamedDependency[TinkerSubmitter]
 ) -> None:
     """From now on; none keeps it for good."""
     expires_us = None if data.ttl_seconds is None else now_us() + data.ttl_seconds * 1_000_000
-    await submit(None).change_checkpoint(checkpoint, expires_us=expires_us)
+    await change.change_checkpoint(checkpoint, expires_us=expires_us)
 
 
 @get("/external_weights_urls")
@@ -191,7 +211,7 @@ router = Router(
                 set_ttl,
                 external_weights_urls,
             ],
-            dependencies={"checkpoint": Provide(provide_checkpoint)},
+            dependencies={"checkpoint": Provide(provide_checkpoint), "change": Provide(provide_change)},
         ),
     ],
 )
