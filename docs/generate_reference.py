@@ -193,9 +193,10 @@ def losses_page() -> Iterator[str]:
         one_line("""`loss` of a forward or forward_backward, by name, with its settings in `config`. At token t: log p_t
         is the logprob of the target under the weights that are trained, log q_t the input `logprobs` (of the policy
         that sampled), r_t = p_t / q_t, A_t the input `advantages`, w_t the input `weights`, 1 where not given. Each
-        input has one number for each token of its datum. Losses are sums over tokens, never means. Metrics are sums,
-        too: `num_tokens` counts, the others divided by `weight_sum` are weighted means. A sequence is a datum; none is
-        ever cut.""")
+        input has one number for each token of its datum. Where a token is masked and its r_t is not finite, because
+        log q_t is a filler and no policy's, it counts as if that were 0. Losses are sums over tokens, never means.
+        Metrics are sums, too: `num_tokens` counts, the others divided by `weight_sum` are weighted means. A sequence is
+        a datum; none is ever cut.""")
         + "\n"
     )
     for name, function in functions().items():
@@ -204,8 +205,10 @@ def losses_page() -> Iterator[str]:
         for paragraph in inspect.cleandoc(function.__doc__ or "").split("\n\n"):
             yield one_line(paragraph) + "\n"
         inputs = [*signature.required, *signature.optional]
-        rows = [(f"`{key}`", "yes" if key in signature.required else "no") for key in inputs]
-        yield from table(("input", "required"), rows)
+        masks = {key: "yes" if key in signature.masked_by else "no" for key in inputs}
+        rows = [(f"`{key}`", "refused", masks[key]) for key in signature.required]
+        rows += [(f"`{key}`", f"`{default:g}`", masks[key]) for key, default in signature.optional.items()]
+        yield from table(("input", "where a datum has none", "0 masks its token"), rows)
         if signature.config:
             rows = [(f"`{key}`", f"`{default}`") for key, default in signature.config.items()]
             yield from table(("setting", "default"), rows)

@@ -5,6 +5,7 @@ Imports nothing of ours. Every array that can be long is little-endian bytes in 
 JSON lists exist only in `wire.py`.
 """
 
+import struct
 from typing import Annotated, Literal
 
 import msgspec
@@ -145,25 +146,40 @@ class LossSignature(msgspec.Struct, frozen=True, kw_only=True):
 
     required: tuple[str, ...] = ()
     """Names of the [N] float arrays every datum must carry in `loss_inputs`."""
-    optional: tuple[str, ...] = ("weights",)
+    optional: dict[str, float] = msgspec.field(default_factory=lambda: {"weights": 1.0})
+    """Names of others, with the number that stands for each one of a datum that does not carry it."""
+    masked_by: tuple[str, ...] = ("weights",)
+    """Names of inputs whose 0 takes a token out. What it then has for `logprobs` need not be any policy's."""
     config: dict[str, float] = {}
     """Settings with their defaults."""
     several_targets: bool = False
     """Whether a token may have more than one target."""
 
+    def input_of(self, datum: "Datum", name: str) -> bytes:
+        """[N, K] float32: what the datum carries under this name, or what stands for it."""
+        given = datum.loss_inputs.get(name)
+        if given is not None:
+            return given
+        return struct.pack("<f", self.optional[name]) * (len(datum.targets) // 4)
+
 
 BUILTIN_LOSSES: dict[str, LossSignature] = {
     "cross_entropy": LossSignature(several_targets=True),
-    "importance_sampling": LossSignature(required=("logprobs", "advantages")),
+    "importance_sampling": LossSignature(required=("logprobs", "advantages"), masked_by=("weights", "advantages")),
     "ppo": LossSignature(
-        required=("logprobs", "advantages"), config={"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+        required=("logprobs", "advantages"),
+        masked_by=("weights", "advantages"),
+        config={"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
     ),
     "cispo": LossSignature(
-        required=("logprobs", "advantages"), config={"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}
+        required=("logprobs", "advantages"),
+        masked_by=("weights", "advantages"),
+        config={"clip_low_threshold": 0.0, "clip_high_threshold": 4.0},
     ),
     "dro": LossSignature(required=("logprobs", "advantages"), config={"beta": 0.05}),
     "gspo": LossSignature(
         required=("logprobs", "advantages", "sequence_ratio_mask"),
+        masked_by=("weights", "sequence_ratio_mask"),
         config={"clip_low_threshold": 1 - 3e-4, "clip_high_threshold": 1 + 4e-4},
     ),
 }

@@ -318,6 +318,40 @@ def test_every_built_in_loss_runs(driver: Driver) -> None:
         assert step.grad_norm > 0
 
 
+@pytest.mark.parametrize("loss", BUILTIN_LOSSES)
+def test_a_datum_without_an_optional_input_has_its_default(driver: Driver, loss: str) -> None:
+    name = driver.trained()
+    signature, spec = BUILTIN_LOSSES[loss], LossSpec(name=loss)
+    inputs = {key: [-1.0, 0.5, 2.0, -0.5] for key in signature.required}
+    given = {key: [default] * 4 for key, default in signature.optional.items()}
+    tokens = [3, 1, 4, 1, 5]
+    weighted = datum([7, 8, 9, 10, 11], **inputs, **{key: [0.5, 2.0, 0.0, 1.0] for key in signature.optional})
+    answers = []
+    for data in ([weighted, datum(tokens, **inputs)], [weighted, datum(tokens, **inputs, **given)]):
+        done, _ = driver.done(driver.forward_backward(name, data, spec), driver.forward_backward(name, data, spec))
+        assert isinstance(done, ForwardBackwardDone)
+        step = driver.done(driver.optim_step(name, AdamParams(learning_rate=0.0)))[0]
+        assert isinstance(step, OptimStepDone)
+        answers.append((done.loss, done.metrics, done.logprobs, step.gradient_digest))
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("loss", [name for name, each in BUILTIN_LOSSES.items() if "logprobs" in each.required])
+def test_a_masked_token_may_have_any_logprob(driver: Driver, loss: str) -> None:
+    name = driver.trained()
+    signature, spec = BUILTIN_LOSSES[loss], LossSpec(name=loss)
+    answers = []
+    for filler in (0.0, -99999.0):
+        inputs = {key: [0.0, 0.0, 1.0, 1.0] for key in (*signature.required, *signature.optional)}
+        inputs["logprobs"] = [filler, filler, -1.0, -2.0]
+        (done,) = driver.done(driver.forward_backward(name, [datum([3, 1, 4, 1, 5], **inputs)], spec))
+        assert isinstance(done, ForwardBackwardDone)
+        step = driver.done(driver.optim_step(name, AdamParams(learning_rate=0.0)))[0]
+        assert isinstance(step, OptimStepDone)
+        answers.append((done.loss, done.metrics, step.gradient_digest))
+    assert answers[0] == answers[1]
+
+
 def test_policy_losses_are_their_formulas(driver: Driver) -> None:
     """Recomputed from the logprobs the executor itself reports; neighbours that come before add nothing to it."""
     name = driver.trained()

@@ -215,7 +215,6 @@ NAN = float("nan")
         ([sequence([1, 2, 3], weights=[1.0])], LossSpec(), "1 numbers in `weights`"),
         ([sequence([1, 2, 3], advantages=[1.0, 1.0])], LossSpec(), "does not read `advantages`"),
         ([sequence([1, 2, 3], logprobs=[0.0, 0.0])], LossSpec(name="ppo"), "needs `advantages`"),
-        ([sequence([1, 2], weights=[1.0]), sequence([1, 2])], LossSpec(), "the same loss inputs"),
         ([sequence([1, 2])], LossSpec(name="hinge"), "`hinge` is not one of"),
         ([sequence([1, 2])], LossSpec(config={"beta": 1.0}), "no setting `beta`"),
         ([sequence([1, 2])], LossSpec(name="ppo", config={"clip_low_threshold": NAN}), "not a finite number"),

@@ -205,6 +205,56 @@ def test_a_sequence_is_the_same_among_others_and_in_the_fake_executor(
     assert sums == pytest.approx(whole.metrics, rel=ALGEBRA, abs=ALGEBRA)
 
 
+def both(
+    spec: LossSpec, logprobs: torch.Tensor, inputs: dict[str, torch.Tensor], lengths: list[int]
+) -> tuple[registry.LossValue, fake_losses.LossValue]:
+    """The loss, and that of the first sequence in the fake executor."""
+    lists = {key: array[: lengths[0]].double().tolist() for key, array in inputs.items()}
+    there = registry.evaluate(registry.resolve(spec), logprobs, inputs, lengths)
+    return there, fake_losses.evaluate(spec, logprobs[: lengths[0]].double().tolist(), lists)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    name=st.sampled_from(sorted(BUILTIN_LOSSES)),
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=3),
+    filler=st.floats(-(2.0**127), -800.0, width=32),
+    by=st.integers(0, 10),
+    seed=st.integers(0, 2**31),
+)
+def test_what_a_masked_token_has_for_a_logprob_is_as_if_it_were_0(
+    name: str, lengths: list[int], filler: float, by: int, seed: int
+) -> None:
+    """Of any loss, and whichever of its inputs masks it."""
+    signature, spec = BUILTIN_LOSSES[name], LossSpec(name=name)
+    draw = torch.Generator().manual_seed(seed)
+    n = sum(lengths)
+    logprobs = -4 * torch.rand(n, generator=draw)
+    inputs = {key: 0.1 + torch.rand(n, generator=draw) for key in (*signature.required, *signature.optional)}
+    masked = torch.randint(0, 2, (n,), generator=draw).bool()
+    inputs[signature.masked_by[by % len(signature.masked_by)]][masked] = 0.0
+    found = []
+    for filled in (0.0, filler):
+        if "logprobs" in inputs:
+            inputs["logprobs"] = torch.where(masked, filled, logprobs + 0.1)
+        found.append(both(spec, logprobs, inputs, lengths))
+    (plain, fake), (there, here) = found
+    assert (there.loss, there.metrics) == (plain.loss, plain.metrics) and torch.equal(there.gradient, plain.gradient)
+    assert here == fake
+    assert all(map(math.isfinite, (there.loss, *there.metrics.values(), *there.gradient.tolist())))
+    assert all(map(math.isfinite, (here.loss, *here.metrics.values(), *here.slopes)))
+
+
+@pytest.mark.parametrize("name", [name for name, each in BUILTIN_LOSSES.items() if "logprobs" in each.required])
+def test_what_no_policy_gave_a_token_that_counts_is_not_finite(name: str) -> None:
+    signature = BUILTIN_LOSSES[name]
+    inputs = {key: torch.ones(4) for key in (*signature.required, *signature.optional)}
+    inputs["logprobs"] = torch.tensor([-1.0, -99999.0, -1.0, -1.0])
+    there, here = both(LossSpec(name=name), LOGPROBS, inputs, [4])
+    for value in (there, here):
+        assert not all(map(math.isfinite, (value.loss, *value.metrics.values())))
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="`focal` is not one of cross_entropy"):
         registry.resolve(LossSpec(name="focal"))

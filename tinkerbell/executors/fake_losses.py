@@ -25,7 +25,7 @@ class LossValue(NamedTuple):
 
 
 def loss_inputs(spec: LossSpec, datum: Datum) -> dict[str, list[float]]:
-    """The named [N K] arrays the loss reads, `weights` being 1 where not given.
+    """The named [N K] arrays the loss reads, the optional ones too.
 
     Raises InvalidRequest for an unknown loss or setting, and for missing, unknown or ill-shaped arrays and targets.
     """
@@ -41,7 +41,6 @@ def loss_inputs(spec: LossSpec, datum: Datum) -> dict[str, list[float]]:
     num_targets, rest = divmod(len(datum.targets), len(datum.tokens))
     if rest or num_targets < 1 or (num_targets > 1 and not signature.several_targets):
         raise InvalidRequest(f"loss `{spec.name}`: {len(datum.targets) / 4:g} targets for {datum.num_tokens} tokens")
-    arrays: dict[str, list[float]] = {"weights": [1.0] * (datum.num_tokens * num_targets)}
     for name, raw in datum.loss_inputs.items():
         if name not in signature.required and name not in signature.optional:
             raise InvalidRequest(f"loss `{spec.name}` does not read `{name}`")
@@ -49,8 +48,10 @@ def loss_inputs(spec: LossSpec, datum: Datum) -> dict[str, list[float]]:
             raise InvalidRequest(
                 f"loss input `{name}` has {len(raw) / 4:g} numbers for {len(datum.targets) // 4} targets"
             )
-        arrays[name] = list(struct.unpack(f"<{len(raw) // 4}f", raw))
-    return arrays
+    return {
+        name: list(struct.unpack(f"<{len(datum.targets) // 4}f", signature.input_of(datum, name)))
+        for name in (*signature.required, *signature.optional)
+    }
 
 
 def evaluate(spec: LossSpec, logprobs: Sequence[float], inputs: dict[str, list[float]]) -> LossValue:
@@ -62,7 +63,10 @@ def evaluate(spec: LossSpec, logprobs: Sequence[float], inputs: dict[str, list[f
         return LossValue(loss, [-w for w in weights], metrics)
     config = BUILTIN_LOSSES[spec.name].config | spec.config
     low, high = config.get("clip_low_threshold", -math.inf), config.get("clip_high_threshold", math.inf)
-    away = [logprob - old for logprob, old in zip(logprobs, inputs["logprobs"], strict=True)]
+    away = [
+        logprob if _is_filler(spec, inputs, row, logprob - old) else logprob - old
+        for row, (logprob, old) in enumerate(zip(logprobs, inputs["logprobs"], strict=True))
+    ]
     ratios = [_exp(each) for each in away]
     advantages = inputs["advantages"]
     if spec.name == "gspo":
@@ -97,6 +101,11 @@ def evaluate(spec: LossSpec, logprobs: Sequence[float], inputs: dict[str, list[f
     if "clip_low_threshold" in config:
         metrics["clipped_sum"] = float(sum(w * c for w, c in zip(weights, is_clipped, strict=True)))
     return LossValue(loss, gradient, metrics)
+
+
+def _is_filler(spec: LossSpec, inputs: dict[str, list[float]], row: int, away: float) -> bool:
+    """Whether no policy gave this masked token such a logprob; it counts as 0 then."""
+    return away >= LARGEST_EXPONENT and any(inputs[name][row] == 0 for name in BUILTIN_LOSSES[spec.name].masked_by)
 
 
 def _exp(value: float) -> float:

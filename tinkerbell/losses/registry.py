@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from tinkerbell.errors import InvalidRequest
-from tinkerbell.types import BUILTIN_LOSSES, LossSpec
+from tinkerbell.types import BUILTIN_LOSSES, LossSignature, LossSpec
 
 LossResult = tuple[Tensor, dict[str, Tensor]]
 """(scalar loss, scalar metrics). Both are sums over tokens, so that micro-batches add."""
 
 LossFunction = Callable[[Tensor, Mapping[str, Tensor], Mapping[str, float], Sequence[int]], LossResult]
-"""(logprobs [N] that require a gradient, inputs name -> [N], config, tokens of each sequence) -> LossResult."""
+"""(logprobs [N] that require a gradient, inputs name -> [N], the optional ones too, config, tokens of each sequence)
+-> LossResult."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +28,7 @@ class Loss:
 
     function: LossFunction
     config: Mapping[str, float]
-    required: frozenset[str]
-    """Inputs every datum must carry."""
-    optional: frozenset[str]
-    several_targets: bool
+    signature: LossSignature
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +69,7 @@ def resolve(spec: LossSpec) -> Loss:
     return Loss(
         function=functions()[spec.name],
         config={**signature.config, **spec.config},
-        required=frozenset(signature.required),
-        optional=frozenset(signature.optional),
-        several_targets=signature.several_targets,
+        signature=signature,
     )
 
 
@@ -83,8 +79,12 @@ def evaluate(loss: Loss, logprobs: Tensor, inputs: Mapping[str, Tensor], lengths
     Computed in fp64: the vectors are short, and a sum of thousands of terms keeps its digits.
     """
     leaf = logprobs.detach().double().requires_grad_(True)
+    wide = {name: array.double() for name, array in inputs.items()}
+    for name, default in loss.signature.optional.items():
+        wide.setdefault(name, torch.full_like(leaf, default, requires_grad=False))
+    if "logprobs" in wide:
+        wide["logprobs"] = _without_fillers(loss.signature, leaf.detach(), wide)
     with torch.enable_grad():
-        wide = {name: array.double() for name, array in inputs.items()}
         value, metrics = loss.function(leaf, wide, loss.config, lengths)
     (gradient,) = torch.autograd.grad(value, leaf)
     return LossValue(
@@ -94,6 +94,11 @@ def evaluate(loss: Loss, logprobs: Tensor, inputs: Mapping[str, Tensor], lengths
     )
 
 
-def weights_of(logprobs: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-    """[N] weight of each token: the input `weights`, or ones."""
-    return inputs["weights"] if "weights" in inputs else torch.ones_like(logprobs, requires_grad=False)
+def _without_fillers(signature: LossSignature, logprobs: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """[N] log q_t, 0 in the place of what no policy gave a masked token: its ratio would be infinite, and zero times
+    that is no number."""
+    policy = inputs["logprobs"]
+    masked = torch.zeros_like(policy, dtype=torch.bool)
+    for name in signature.masked_by:
+        masked |= inputs[name] == 0
+    return torch.where(masked & torch.exp(logprobs - policy).isinf(), 0.0, policy)

@@ -73,9 +73,7 @@ def micro_batch(unit: ForwardBackward, adapter: Adapter, info: ModelInfo, device
         raise InvalidRequest(f"top_k of {unit.outputs.top_k}; this model has {info.vocab_size} tokens")
     for index, datum in enumerate(unit.data):
         _check(index, datum, loss, info)
-    names = sorted(set(unit.data[0].loss_inputs))
-    if any(sorted(datum.loss_inputs) != names for datum in unit.data):
-        raise InvalidRequest("all data of one request must carry the same loss inputs")
+    names = sorted({name for datum in unit.data for name in datum.loss_inputs})
     if len({len(datum.targets) // len(datum.tokens) for datum in unit.data}) > 1:
         raise InvalidRequest("all data of one request must have as many targets for a token")
     lengths = [datum.num_tokens for datum in unit.data]
@@ -86,7 +84,7 @@ def micro_batch(unit: ForwardBackward, adapter: Adapter, info: ModelInfo, device
         tokens=_tensor([datum.tokens for datum in unit.data], "<i4", device).long(),
         targets=_tensor([datum.targets for datum in unit.data], "<i4", device).long().view(sum(lengths), -1),
         positions=torch.cat([torch.arange(length, device=device) for length in lengths]),
-        inputs={name: _tensor([d.loss_inputs[name] for d in unit.data], "<f4", device) for name in names},
+        inputs={name: _tensor([loss.signature.input_of(d, name) for d in unit.data], "<f4", device) for name in names},
         lengths=lengths,
     )
 
@@ -102,14 +100,14 @@ def _check(index: int, datum: Datum, loss: Loss, info: ModelInfo) -> None:
     if n > info.max_length:
         raise InvalidRequest(f"data[{index}]: {n} tokens; this model takes at most {info.max_length}")
     num_targets, rest = divmod(len(datum.targets), 4 * n)
-    if rest or num_targets < 1 or (num_targets > 1 and not loss.several_targets):
+    if rest or num_targets < 1 or (num_targets > 1 and not loss.signature.several_targets):
         raise InvalidRequest(f"data[{index}]: {n} tokens but {len(datum.targets) / 4:g} targets")
     for name, ids in (("tokens", datum.tokens), ("targets", datum.targets)):
         check_token_ids(f"data[{index}].{name}", ids, info)
-    missing = sorted(loss.required - set(datum.loss_inputs))
+    missing = sorted(set(loss.signature.required) - set(datum.loss_inputs))
     if missing:
         raise InvalidRequest(f"data[{index}]: the loss needs `{missing[0]}` in loss_inputs")
-    unknown = sorted(set(datum.loss_inputs) - loss.required - loss.optional)
+    unknown = sorted(set(datum.loss_inputs).difference(loss.signature.required, loss.signature.optional))
     if unknown:
         raise InvalidRequest(f"data[{index}]: the loss does not read `{unknown[0]}`")
     for name, array in datum.loss_inputs.items():

@@ -45,8 +45,8 @@ class _Job:
     prompt: list[int]
     max_tokens: int
     stop_tokens: frozenset[int]
-    tokenizer: Any
-    """None where no stop text was given."""
+    stop_texts: StopTexts | None
+    """After the prompt, for each sample to go on from."""
     prefix: Prefix | None = None
     """Of the prompt without its last token, until the last sample has started."""
     scores: Scores = (None, None)
@@ -84,8 +84,7 @@ class _Stream:
         self.top_tokens: list[Tensor] = []
         """[k] of each token, where they are asked for."""
         self.top_logprobs: list[Tensor] = []
-        stops = job.unit.params.stop
-        self.stop_texts = StopTexts(job.tokenizer, stops, job.prompt) if stops else None
+        self.stop_texts = job.stop_texts.fork() if job.stop_texts is not None else None
 
     def row(self) -> Row:
         """What the model is asked next."""
@@ -200,7 +199,7 @@ class Sampler:
             prompt=prompt,
             max_tokens=min(params.max_tokens, room),
             stop_tokens=frozenset(stop_tokens),
-            tokenizer=self._load_tokenizer() if params.stop else None,
+            stop_texts=StopTexts(self._load_tokenizer(), params.stop, prompt) if params.stop else None,
             waiting=deque(unit.indices),
         )
 
