@@ -103,6 +103,12 @@ class IdempotencyConflict(Conflict):
     slug = "idempotency-conflict"
 
 
+class NameTaken(Conflict):
+    """Another checkpoint has this name."""
+
+    slug = "name-taken"
+
+
 class SequenceConflict(Conflict):
     """The sequence number is not the adapter's next one."""
 

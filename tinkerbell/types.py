@@ -270,3 +270,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     hash: str = ""
     """Names the weights and how they are used, wherever the model lies and whatever it is called. Empty: recorded by an
     older release, or by an executor that does not say."""
+
+    def room(self, num_prompt_tokens: int) -> int:
+        """How many tokens may follow a prompt of so many: the rest of the longest sequence, and one where that is full,
+        since who scores a sequence that fills it samples a token as well. 0: the prompt is too long."""
+        return 0 if num_prompt_tokens > self.max_length else max(1, self.max_length - num_prompt_tokens)

@@ -86,6 +86,9 @@ class Save(Body, frozen=True, kw_only=True):
     """POST /v1/adapters/{id}/checkpoints"""
 
     name: Name | None = None
+    """No other checkpoint of the adapter may have it."""
+    overwrite: bool = False
+    """The one that has the name is deleted once this one is there."""
     seq: Seq = None
 
 

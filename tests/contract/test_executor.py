@@ -946,8 +946,18 @@ def test_the_models_length_bounds_a_sample(driver: Driver) -> None:
     done = sampled(driver, None, [1] * (longest - 3), max_tokens=50)
     assert len(done.sequences[0].tokens) == 4 * 3
     assert done.sequences[0].stop_reason == "length"
-    driver.refused(driver.sample(None, [1] * longest))
     driver.refused(driver.sample(None, [1] * (longest + 1)))
+
+
+def test_a_sequence_that_fills_the_context_is_scored(driver: Driver) -> None:
+    """With the numbers of the same tokens in training; the token that is sampled besides is one."""
+    name = driver.trained()
+    tokens = [1 + i % 50 for i in range(driver.info.max_length)]
+    done = sampled(driver, name, tokens, max_tokens=1, prompt_logprobs=True)
+    assert len(done.sequences[0].tokens) == 4 and done.prompt_logprobs is not None
+    (trained,) = driver.done(driver.forward_backward(name, [datum(tokens)], backward=False))
+    assert isinstance(trained, ForwardBackwardDone)
+    assert read_floats(done.prompt_logprobs) == pytest.approx(read_floats(trained.logprobs[0]), abs=1e-3)
 
 
 def test_bad_prompts_fail_alone(driver: Driver) -> None:

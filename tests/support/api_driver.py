@@ -174,6 +174,7 @@ def _success(store: EventStore, request: Recorded) -> tuple[kinds.AnyResult, kin
                 use=event.use,
                 ttl_s=event.ttl_s,
                 user_metadata=event.user_metadata,
+                replaces=event.replaces,
             )
             return saved, None, blobs
         case kinds.LoadRequested():

@@ -168,7 +168,7 @@ def sample_completed(of: Recorded) -> NewEvent:
 
 def save(adapter: str = "ad_one", tenant: str = "alice", checkpoint: str = "ck_one") -> NewEvent:
     """save.requested"""
-    return request(kinds.SaveRequested(checkpoint=checkpoint, name="mine"), adapter, tenant)
+    return request(kinds.SaveRequested(checkpoint=checkpoint, name=f"my-{checkpoint}"), adapter, tenant)
 
 
 def save_completed(of: Recorded, weights: bytes = b"weights") -> NewEvent:

@@ -1,6 +1,5 @@
 """What `/v1` can be asked to do, from wire bodies to request events."""
 
-import asyncio
 import secrets
 from collections.abc import Callable
 
@@ -11,6 +10,7 @@ from tinkerbell.api import validation, views
 from tinkerbell.api.submitting import Draft, Submitting, new_id
 from tinkerbell.errors import InvalidRequest
 from tinkerbell.events import kinds
+from tinkerbell.events.names import SavedName
 from tinkerbell.types import AdapterId, LoraConfig, ModelInfo
 
 
@@ -48,7 +48,7 @@ class Submitter(Submitting):
 
     async def remove_lora(self, adapter: AdapterId) -> wire.Future:
         """The adapter leaves after what was asked before. Asked again, it is the same request, unless that failed."""
-        asked = await asyncio.to_thread(self._removal, validation.adapter_id(adapter))
+        asked = await self._context.read(self._tenant, self._removal, validation.adapter_id(adapter))
         if asked is not None:
             return views.submitted(asked, None)
         return await self._for_adapter("remove_lora", adapter, lambda _: Draft(event=kinds.RemoveLoraRequested()))
@@ -106,8 +106,14 @@ class Submitter(Submitting):
 
     async def save(self, adapter: AdapterId, body: wire.Save) -> wire.Future:
         """Keep the adapter as a checkpoint."""
-        event = kinds.SaveRequested(checkpoint=new_id("ck"), name=body.name)
-        return await self._for_adapter("save", adapter, lambda _: Draft(event=event, expected_seq=body.seq))
+        checkpoint, name = new_id("ck"), body.name
+
+        def draft(_: ModelInfo) -> Draft:
+            replaces = self.holders(SavedName(adapter, "state", name)) if name is not None and body.overwrite else ()
+            event = kinds.SaveRequested(checkpoint=checkpoint, name=name, replaces=replaces)
+            return Draft(event=event, expected_seq=body.seq)
+
+        return await self.save_named(lambda: self._for_adapter("save", adapter, draft), overwrite=body.overwrite)
 
     async def load(self, adapter: AdapterId, body: wire.Load) -> wire.Future:
         """Put a checkpoint in the adapter's place."""

@@ -6,26 +6,34 @@ store's group commit.
 
 import asyncio
 import base64
+import contextlib
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import msgspec
 
 from tinkerbell.api import admission, idempotency, validation
 from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context, Held
-from tinkerbell.errors import InvalidRequest, NotFound, Unavailable, UserError
+from tinkerbell.errors import InvalidRequest, NameTaken, NotFound, Unavailable, UserError
 from tinkerbell.events import kinds
 from tinkerbell.events.base_models import base_model_of, require_same
+from tinkerbell.events.names import SavedName, living
 from tinkerbell.events.rows import CheckpointRow
-from tinkerbell.types import AdapterId, ModelInfo, SessionId, is_sampler
+from tinkerbell.types import AdapterId, CheckpointId, ModelInfo, SessionId, is_sampler
 
 RECENT_S = 60.0
 """Window of the speed that Retry-After is estimated from."""
 
 _OF_SAMPLERS = ("sample", "remove_lora")
 """Kinds of requests to the adapter of a sampler."""
+
+OVERWRITES = 8
+"""Times that a save which overwrites is asked, while others save under the same name at once."""
+
+T = TypeVar("T")
 
 Accepted = asyncio.Future[list[kinds.Recorded]]
 """Done when the event is committed."""
@@ -172,6 +180,20 @@ class Submitting:
             expected_seq=made.expected_seq,
             session=made.session,
         )
+
+    def holders(self, name: SavedName) -> tuple[CheckpointId, ...]:
+        """What a save that overwrites replaces."""
+        return tuple(sorted(living(self._context.store.queries.name_holders(name), time.time_ns() // 1000)))
+
+    async def save_named(self, save: Callable[[], Awaitable[T]], *, overwrite: bool) -> T:
+        """What a save gives; one that overwrites is asked again where another one took the name since its draft.
+
+        Raises NameTaken besides.
+        """
+        for _ in range(OVERWRITES if overwrite else 0):
+            with contextlib.suppress(NameTaken):
+                return await save()
+        return await save()
 
     def usable_checkpoint(self, text: str) -> CheckpointRow:
         """A checkpoint that the tenant saved and may still use. Raises NotFound."""

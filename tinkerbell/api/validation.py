@@ -188,7 +188,7 @@ def prompt(body: wire.Sample, model: ModelInfo, max_tokens: int) -> bytes:
     """[P] int32. Raises InvalidRequest where prompt and continuation exceed the model, TooLarge over
     `max_tokens`."""
     p, params = len(body.prompt), body.params
-    if p + params.max_tokens > model.max_length:
+    if params.max_tokens > model.room(p):
         raise InvalidRequest(
             f"prompt has {p} tokens and params.max_tokens is {params.max_tokens}: {p + params.max_tokens}"
             f" together; {model.name} takes at most {model.max_length}."

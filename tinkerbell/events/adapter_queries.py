@@ -7,6 +7,8 @@ import msgspec
 import sqlalchemy as sa
 
 from tinkerbell.events import tables as t
+from tinkerbell.events.name_holders import holders
+from tinkerbell.events.names import Holders, SavedName
 from tinkerbell.events.querying import Querying, columns, with_json
 from tinkerbell.events.rows import AdapterRow, CheckpointRow, RecoveryPointRow
 from tinkerbell.types import CheckpointUse
@@ -144,13 +146,19 @@ class AdapterQueries(Querying):
         return [msgspec.convert(with_json(row), RecoveryPointRow) for row in self._all(query)]
 
     def saved(self, tenant: str, adapter: str, use: CheckpointUse, name: str) -> CheckpointRow | None:
-        """The newest checkpoint of the adapter that was saved for this use under this name."""
+        """The checkpoint of the adapter that was saved for this use under this name; the newest, if none is there that
+        was not deleted."""
         c = t.checkpoints.c
         query = sa.select(*columns(t.checkpoints, CheckpointRow)).where(
             c.tenant == tenant, c.adapter == adapter, c.use == use, c.name == name, sa.text(t.SAVED)
         )
-        rows = self._checkpoints(query.order_by(c.position.desc()).limit(1))
+        rows = self._checkpoints(query.order_by(c.deleted, c.position.desc()).limit(1))
         return rows[0] if rows else None
+
+    def name_holders(self, name: SavedName) -> Holders:
+        """What was not deleted, or is being saved, under this name."""
+        with self._engine.connect() as connection:
+            return holders(connection, [name])[name]
 
     def _adapters(self, query: sa.Select[*tuple[Any, ...]]) -> list[AdapterRow]:
         return [msgspec.convert(with_json(row), AdapterRow) for row in self._all(query)]

@@ -6,14 +6,16 @@ import sqlalchemy as sa
 
 from tinkerbell.errors import Corrupt
 from tinkerbell.events.codec import Prepared
-from tinkerbell.events.kinds import NewEvent
+from tinkerbell.events.kinds import CheckpointChanged, NewEvent
 from tinkerbell.events.leases import stream_of
+from tinkerbell.events.name_holders import holders
+from tinkerbell.events.names import name_of
 from tinkerbell.events.projections import Cause
 from tinkerbell.events.reading import at_positions
 from tinkerbell.events.removal import FILE
-from tinkerbell.events.state import AdapterFacts, LeaseFacts, Original, SessionFacts, State, StreamHead
+from tinkerbell.events.state import AdapterFacts, CheckpointFacts, LeaseFacts, Original, SessionFacts, State, StreamHead
 from tinkerbell.events.statements import Lookup, Statements
-from tinkerbell.events.tables import adapters, blobs, events, futures, leases, log_head, sessions, streams
+from tinkerbell.events.tables import adapters, blobs, checkpoints, events, futures, leases, log_head, sessions, streams
 
 _HEAD = sa.select(log_head.c.position)
 _LOCKED_HEAD = _HEAD.with_for_update()
@@ -25,6 +27,9 @@ _ORIGINALS = Lookup(
 _ADAPTERS = Lookup(
     [adapters.c.id],
     [adapters.c.id, adapters.c.tenant, adapters.c.state, adapters.c.next_seq, adapters.c.done_seq],
+)
+_CHECKPOINTS = Lookup(
+    [checkpoints.c.id], [checkpoints.c.id, checkpoints.c.tenant, checkpoints.c.deleted, checkpoints.c.expires_us]
 )
 _SESSIONS = Lookup([sessions.c.id], [sessions.c.id, sessions.c.tenant, sessions.c.ended_us])
 _CAUSES = Lookup(
@@ -71,6 +76,8 @@ def read_state(
         causes,
         _leases(statements, wanted),
         _sessions(statements, {new.session for new in news if new.session is not None}),
+        holders(connection, {name for new in news if (name := name_of(new.event, new.adapter)) is not None}),
+        _checkpoints(statements, {new.event.checkpoint for new in news if isinstance(new.event, CheckpointChanged)}),
         _blobs(connection, {bytes.fromhex(digest) for new in news for digest in new.shared.values()}),
     )
 
@@ -106,6 +113,13 @@ def _leases(statements: Statements, resources: set[str]) -> dict[str, LeaseFacts
 def _sessions(statements: Statements, ids: set[str]) -> dict[str, SessionFacts]:
     rows = statements.look_up(_SESSIONS, ids)
     return {id_: SessionFacts(tenant, ended_us is not None) for id_, tenant, ended_us in rows}
+
+
+def _checkpoints(statements: Statements, ids: set[str]) -> dict[str, CheckpointFacts]:
+    return {
+        id_: CheckpointFacts(tenant, bool(deleted), expires_us)
+        for id_, tenant, deleted, expires_us in statements.look_up(_CHECKPOINTS, ids)
+    }
 
 
 def _blobs(connection: sa.Connection, hashes: set[bytes]) -> frozenset[bytes]:

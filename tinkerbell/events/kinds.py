@@ -114,6 +114,8 @@ class SaveRequested(Request, frozen=True, kw_only=True, tag="save.requested"):
     user_metadata: dict[str, str] = {}
     sampler: SamplerId | None = None
     """The sampler that was made for it in the same breath."""
+    replaces: tuple[CheckpointId, ...] = ()
+    """Those of the same name, which are deleted once this one is there."""
 
 
 class LoadRequested(Request, frozen=True, kw_only=True, tag="load.requested"):
@@ -215,6 +217,7 @@ class SaveCompleted(Result, frozen=True, kw_only=True, tag="save.completed"):
     use: CheckpointUse = "state"
     ttl_s: int | None = None
     user_metadata: dict[str, str] = {}
+    replaces: tuple[CheckpointId, ...] = ()
 
 
 class LoadCompleted(Result, frozen=True, kw_only=True, tag="load.completed"):

@@ -325,6 +325,7 @@ def _result(recorded: Recorded, event: kinds.Result, cause: Cause) -> list[Chang
     if isinstance(event, kinds.SaveCompleted):
         assert cause.seq is not None
         changes.append(_checkpoint(recorded, event, kind="save", name=event.name, after_seq=cause.seq))
+        changes += [Set("checkpoints", (replaced,), {"deleted": True}) for replaced in event.replaces]
     return changes
 
 

@@ -14,6 +14,7 @@ from tinkerbell.errors import (
     Fenced,
     Gone,
     IdempotencyConflict,
+    NameTaken,
     NotFound,
     SequenceConflict,
     SessionOver,
@@ -22,8 +23,9 @@ from tinkerbell.events import kinds
 from tinkerbell.events.chain import GENESIS, link
 from tinkerbell.events.codec import Prepared
 from tinkerbell.events.kinds import NewEvent, Recorded
+from tinkerbell.events.names import living, name_of
 from tinkerbell.events.projections import Cause, cause_of
-from tinkerbell.events.state import AdapterFacts, LeaseFacts, Original, SessionFacts, State, StreamHead
+from tinkerbell.events.state import AdapterFacts, CheckpointFacts, LeaseFacts, Original, SessionFacts, State, StreamHead
 
 
 class Admitted(msgspec.Struct, frozen=True):
@@ -41,7 +43,8 @@ def admit(state: State, prepared: Prepared, blobs: dict[str, bytes], now_us: int
     """The event's place in the log, or the earlier event that has its idempotency key. A refused event leaves the
     state as it is.
 
-    Raises NotFound, SessionOver, Conflict, IdempotencyConflict, SequenceConflict, AlreadyAnswered, Fenced, Gone.
+    Raises NotFound, SessionOver, Conflict, NameTaken, IdempotencyConflict, SequenceConflict, AlreadyAnswered, Fenced,
+    Gone.
     """
     new = prepared.new
     original = _original(state, new)
@@ -54,12 +57,15 @@ def admit(state: State, prepared: Prepared, blobs: dict[str, bytes], now_us: int
     match new.event:
         case kinds.Request():
             seq, facts = _admit_request(state, new, new.event)
+            _check_name(state, new, now_us)
         case kinds.Result():
             cause, facts = _admit_result(state, new, new.event)
         case kinds.LeaseGranted():
             _check_lease(state, new.event)
         case kinds.CheckpointCopied():
             facts = _admit_copy(state, new)
+        case kinds.CheckpointChanged():
+            _check_change(state, new, new.event, now_us)
         case _:
             pass
     admitted = _place(state, prepared, blobs, seq, cause, now_us)
@@ -72,6 +78,13 @@ def admit(state: State, prepared: Prepared, blobs: dict[str, bytes], now_us: int
             state.leases[event.resource] = LeaseFacts(event.holder, event.epoch, 0)
         case kinds.SessionStarted() | kinds.SessionEnded() as event:
             state.sessions[event.session] = SessionFacts(new.tenant, isinstance(event, kinds.SessionEnded))
+        case kinds.SaveRequested() as event if (name := name_of(event, new.adapter)) is not None:
+            state.names[name] = state.names.get(name, {}) | {event.checkpoint: None}
+        case kinds.SaveCompleted() as event:
+            gone = CheckpointFacts(new.tenant, deleted=True, expires_us=None)
+            state.checkpoints.update(dict.fromkeys(event.replaces, gone))
+        case kinds.CheckpointChanged() as event:
+            state.checkpoints[event.checkpoint] = CheckpointFacts(new.tenant, event.deleted, event.expires_us)
         case _:
             pass
     return admitted
@@ -111,6 +124,28 @@ def _check_shared(state: State, new: NewEvent) -> None:
     for name, digest in new.shared.items():
         if bytes.fromhex(digest) not in state.blobs:
             raise Gone(f"the blob {digest} ({name}) was removed; it cannot be shared any more")
+
+
+def _check_name(state: State, new: NewEvent, now_us: int) -> None:
+    """A name has one checkpoint, from the moment that its save is asked for; another one may only replace it."""
+    name = name_of(new.event, new.adapter)
+    if name is None or not isinstance(new.event, kinds.SaveRequested):
+        return
+    if living(state.names.get(name, {}), now_us) - {new.event.checkpoint, *new.event.replaces}:
+        raise NameTaken(
+            f"There is a checkpoint {name.name!r} of this adapter already, or it is being saved; give another name, or"
+            " overwrite it."
+        )
+
+
+def _check_change(state: State, new: NewEvent, event: kinds.CheckpointChanged, now_us: int) -> None:
+    """What is gone stays gone, whoever read it before it went; to delete it again is fine."""
+    facts = state.checkpoints.get(event.checkpoint)
+    if facts is None or event.deleted:
+        return
+    expired = facts.expires_us is not None and facts.expires_us <= now_us
+    if facts.tenant != new.tenant or facts.deleted or expired:
+        raise NotFound(f"There is no checkpoint {event.checkpoint!r}.")
 
 
 def _admit_copy(state: State, new: NewEvent) -> AdapterFacts:

@@ -6,6 +6,7 @@ from collections.abc import MutableMapping
 import msgspec
 
 from tinkerbell.events.kinds import Recorded
+from tinkerbell.events.names import Holders, SavedName
 from tinkerbell.events.projections import Cause
 
 
@@ -40,6 +41,14 @@ class SessionFacts(msgspec.Struct, frozen=True):
     ended: bool
 
 
+class CheckpointFacts(msgspec.Struct, frozen=True):
+    """Whether a saved checkpoint is still there."""
+
+    tenant: str
+    deleted: bool
+    expires_us: int | None
+
+
 class Original(msgspec.Struct, frozen=True):
     """What an idempotency key stands for."""
 
@@ -58,6 +67,8 @@ class State(msgspec.Struct):
     causes: MutableMapping[int, Cause]
     leases: MutableMapping[str, LeaseFacts]
     sessions: MutableMapping[str, SessionFacts]
+    names: MutableMapping[SavedName, Holders]
+    checkpoints: MutableMapping[str, CheckpointFacts]
     blobs: frozenset[bytes]
     """Hashes of the shared blobs that are there. Within a group none of them goes."""
 
@@ -71,11 +82,13 @@ class State(msgspec.Struct):
             ChainMap({}, self.causes),
             ChainMap({}, self.leases),
             ChainMap({}, self.sessions),
+            ChainMap({}, self.names),
+            ChainMap({}, self.checkpoints),
             self.blobs,
         )
 
     def merge(self, fork: "State") -> None:
         """Take over a fork's changes."""
         self.position = fork.position
-        for name in ("streams", "originals", "adapters", "causes", "leases", "sessions"):
+        for name in ("streams", "originals", "adapters", "causes", "leases", "sessions", "names", "checkpoints"):
             getattr(self, name).update(getattr(fork, name).maps[0])

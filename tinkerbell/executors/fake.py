@@ -225,9 +225,7 @@ class FakeExecutor:
         distribution = self._base_distribution if unit.adapter is None else self._distribution(unit.adapter)
         prompt = self._tokens(unit.prompt)
         params = unit.params
-        max_tokens = min(params.max_tokens, self._info.max_length - len(prompt))
-        if max_tokens < 1:
-            raise InvalidRequest(f"a prompt of {len(prompt)} tokens leaves no room in {self._info.max_length}")
+        max_tokens = min(params.max_tokens, self._info.room(len(prompt)))
         if max(params.top_logprobs, params.prompt_top_logprobs) > self._info.vocab_size:
             raise InvalidRequest(f"more top_logprobs than the {self._info.vocab_size} tokens this model has")
         targets = None if unit.prompt_targets is None else self._targets(unit.prompt_targets, len(prompt))

@@ -107,6 +107,7 @@ class Control:
             use=event.use,
             ttl_s=event.ttl_s,
             user_metadata=event.user_metadata,
+            replaces=event.replaces,
         )
         return Done(completed, saved.busy_us, blobs)
 

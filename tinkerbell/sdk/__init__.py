@@ -15,8 +15,9 @@ from tinkerbell.sdk.adapter import Adapter
 from tinkerbell.sdk.async_adapter import AsyncAdapter
 from tinkerbell.sdk.async_client import AsyncClient
 from tinkerbell.sdk.async_future import AsyncFuture
+from tinkerbell.sdk.chat import from_chat
 from tinkerbell.sdk.client import Client
-from tinkerbell.sdk.data import from_chat, from_text, policy, supervised
+from tinkerbell.sdk.data import from_text, policy, supervised
 from tinkerbell.sdk.errors import RequestFailed, Unreachable
 from tinkerbell.sdk.future import Future
 from tinkerbell.sdk.retry import RetryPolicy

@@ -66,9 +66,9 @@ class Adapter:
         """
         return self._ask(calls.sample(self.id, self._client.encode(prompt), settings), wire.SampleResult)
 
-    def save(self, name: str | None = None) -> Future[wire.SaveResult]:
-        """Keep weights and optimizer as a checkpoint."""
-        return self._ask(calls.save(self.id, name), wire.SaveResult)
+    def save(self, name: str | None = None, *, overwrite: bool = False) -> Future[wire.SaveResult]:
+        """Keep weights and optimizer as a checkpoint. A name is the adapter's only one, unless it may `overwrite`."""
+        return self._ask(calls.save(self.id, name, overwrite), wire.SaveResult)
 
     def load(
         self, checkpoint: str | wire.Checkpoint | wire.SaveResult, with_optimizer: bool = True

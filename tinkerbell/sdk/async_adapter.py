@@ -59,9 +59,9 @@ class AsyncAdapter:
         call = calls.sample(self.id, await self._client.encode(prompt), settings)
         return await self._ask(call, wire.SampleResult)
 
-    async def save(self, name: str | None = None) -> AsyncFuture[wire.SaveResult]:
-        """Keep weights and optimizer as a checkpoint."""
-        return await self._ask(calls.save(self.id, name), wire.SaveResult)
+    async def save(self, name: str | None = None, *, overwrite: bool = False) -> AsyncFuture[wire.SaveResult]:
+        """Keep weights and optimizer as a checkpoint. A name is the adapter's only one, unless it may `overwrite`."""
+        return await self._ask(calls.save(self.id, name, overwrite), wire.SaveResult)
 
     async def load(
         self, checkpoint: str | wire.Checkpoint | wire.SaveResult, with_optimizer: bool = True

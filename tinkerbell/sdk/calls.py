@@ -148,9 +148,9 @@ def sample(adapter: str | None, prompt: Sequence[int], settings: Sampling) -> Ca
     return _post("/v1/sample" if adapter is None else f"{_adapter(adapter)}/sample", body)
 
 
-def save(adapter: str, name: str | None) -> Call[wire.Future]:
+def save(adapter: str, name: str | None, overwrite: bool) -> Call[wire.Future]:
     """POST /v1/adapters/{id}/checkpoints"""
-    return _post(f"{_adapter(adapter)}/checkpoints", wire.Save(name=name))
+    return _post(f"{_adapter(adapter)}/checkpoints", wire.Save(name=name, overwrite=overwrite))
 
 
 def load(adapter: str, checkpoint: str, with_optimizer: bool) -> Call[wire.Future]:

@@ -1,4 +1,4 @@
-"""From tokens, text or conversations to the data of forward_backward; plain lists, no tensor library.
+"""From tokens or text to the data of forward_backward; plain lists, no tensor library.
 
 The server shifts nothing: position t of a datum holds input token t, and the target is the token after it.
 Each helper here takes whole sequences and does that shift; weights say which tokens are learned.
@@ -7,11 +7,10 @@ Each helper here takes whole sequences and does that shift; weights say which to
 import math
 from collections.abc import Iterable, Sequence
 from operator import index
-from typing import Literal
 
 from tinkerbell import wire
 from tinkerbell.errors import InvalidRequest
-from tinkerbell.sdk.tokenizer import Tokenizer, chat_tokens
+from tinkerbell.sdk.tokenizer import Tokenizer
 
 
 def supervised(
@@ -51,46 +50,6 @@ def from_text(tokenizer: Tokenizer, prompt: str, completion: str, *, end: bool =
             raise InvalidRequest("this tokenizer has no end-of-sequence token; pass end=False")
         tail.append(tokenizer.eos_token_id)
     return supervised(head + tail, prompt_length=len(head))
-
-
-def from_chat(
-    tokenizer: Tokenizer,
-    messages: Sequence[dict[str, str]],
-    *,
-    train_on: Literal["assistant", "last"] = "assistant",
-) -> wire.DatumBody:
-    """Learn the assistant's messages of a conversation (all, or the last message only) in the model's chat
-    format.
-
-    What belongs to a message is found by applying the chat template to the conversation up to it. The
-    end-of-turn token is learned, what the template writes after it is not. Raises InvalidRequest where the
-    template rewrites earlier turns when later ones are added (then no such split exists), or where there is
-    nothing to learn.
-    """
-    if train_on == "last":
-        turns = [len(messages) - 1] if messages and messages[-1]["role"] == "assistant" else []
-    else:
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        raise InvalidRequest("no message of the assistant to learn")
-    if turns[0] == 0:
-        raise InvalidRequest("the conversation must not begin with the assistant")
-    tokens = chat_tokens(tokenizer, messages, prompt=False)
-    weights = [0.0] * len(tokens)
-    for turn in turns:
-        before = chat_tokens(tokenizer, messages[:turn])
-        until = chat_tokens(tokenizer, messages[: turn + 1], prompt=False)
-        if tokens[: len(before)] != before or tokens[: len(until)] != until or len(until) <= len(before):
-            raise InvalidRequest(
-                f"the chat template is not prefix-stable: with message {turn} it writes the earlier ones"
-                " differently; encode the conversation yourself and use supervised(tokens, weights=...)"
-            )
-        stop = len(until)
-        if tokenizer.eos_token_id in tokens[len(before) : stop]:
-            while tokens[stop - 1] != tokenizer.eos_token_id:
-                stop -= 1
-        weights[len(before) : stop] = [1.0] * (stop - len(before))
-    return supervised(tokens, weights=weights)
 
 
 def policy(

@@ -152,6 +152,20 @@ def test_stops_in_all_their_forms(tinker: Tinker, stop: Any, texts: Any, tokens:
     assert event.event.params.max_tokens == 31, "as far as the model goes"
 
 
+def test_a_sequence_that_fills_the_context_is_scored(tinker: Tinker) -> None:
+    session = tinker.session()
+    body = {"session_id": session, "sampling_session_seq_id": 0, "base_model": "tiny"}
+    sampler = tinker.ok("create_sampling_session", **body)["sampling_session_id"]
+    asked = {"sampling_session_id": sampler, "prompt_logprobs": True, "num_samples": 1}
+    for seq, (length, params) in enumerate([(32, {"max_tokens": 1}), (32, {}), (31, {"max_tokens": 1})]):
+        prompt = {"chunks": [{"type": "encoded_text", "tokens": [1] * length}]}
+        tinker.ok("asample", **asked, seq_id=seq, prompt=prompt, sampling_params=params)
+    prompt = {"chunks": [{"type": "encoded_text", "tokens": [1] * 33}]}
+    for params in ({"max_tokens": 1}, {}):
+        found = tinker.post("asample", **asked, seq_id=9, prompt=prompt, sampling_params=params)
+        assert found.status_code == 400 and "takes at most 32" in found.json()["detail"]
+
+
 def test_a_session_that_ended(tinker: Tinker) -> None:
     model = tinker.model()
     session = model.partition(":")[0]

@@ -15,6 +15,7 @@ from tinkerbell.api.tinker import messages as m
 from tinkerbell.api.tinker import names
 from tinkerbell.errors import InvalidRequest, NotFound, SessionOver, TooLarge
 from tinkerbell.events import kinds
+from tinkerbell.events.names import SavedName
 from tinkerbell.events.queries import Queries
 from tinkerbell.events.rows import CheckpointRow, FutureRow, SamplerRow, SessionRow
 from tinkerbell.types import AdapterId, ModelInfo, SessionId, TenantId
@@ -101,11 +102,6 @@ class TinkerSubmitting(Submitting):
     def _at_path(self, text: str) -> CheckpointRow:
         return usable_at(self._queries, self._tenant, names.parse_path(text))
 
-    def _require_free(self, path: names.Path, *, overwrite: bool) -> None:
-        row = self._queries.saved(self._tenant, path.model, path.use, path.name)
-        if not overwrite and row is not None and row.is_usable(time.time_ns() // 1000):
-            raise InvalidRequest(f"There is a checkpoint {path} already; give another name, or overwrite=True.")
-
     # ---- the common path -------------------------------------------------------------------------------------------
 
     async def _for_model(
@@ -143,8 +139,11 @@ class TinkerSubmitting(Submitting):
         loop = asyncio.get_running_loop()
         return (await (await self._prepared(self._context.store.submit_from, loop, *events)))[-1]
 
-    def _event(self, event: kinds.AnyEvent, key: str | None, session: SessionId | None = None) -> kinds.NewEvent:
-        """One of the tenant's own stream; `key` makes it happen once, `session` must not have ended."""
+    def _event(
+        self, event: kinds.AnyEvent, key: str | None, session: SessionId | None = None, asked: str = ""
+    ) -> kinds.NewEvent:
+        """One of the tenant's own stream; `key` makes it happen once, to those who `asked` the same; `session` must
+        not have ended."""
         return kinds.NewEvent(
             event=event,
             tenant=self._tenant,
@@ -152,12 +151,12 @@ class TinkerSubmitting(Submitting):
             correlation=self._caller.correlation,
             actor=self._caller.principal.key_id,
             idempotency_key=key,
-            request_hash=None if key is None else hashlib.sha256(key.encode()).digest(),
+            request_hash=None if key is None else hashlib.sha256(f"{key}{asked}".encode()).digest(),
             session=session,
         )
 
-    def _sampler_event(self, made: kinds.SamplerCreated) -> kinds.NewEvent:
-        return self._event(made, f"tinker:{made.sampler}", made.session)
+    def _sampler_event(self, made: kinds.SamplerCreated, asked: str) -> kinds.NewEvent:
+        return self._event(made, f"tinker:{made.sampler}", made.session, f" of {asked}")
 
     def _adapter_of(self, sampler: SamplerRow, model: ModelInfo) -> tuple[kinds.NewEvent, ...]:
         """What makes the adapter that holds a sampler's weights, where it is not there yet."""
@@ -181,7 +180,13 @@ class TinkerSubmitting(Submitting):
         return (msgspec.structs.replace(made, stream=f"adapter/{sampler.id}", adapter=sampler.id),)
 
     def _save(
-        self, path: names.Path, seq: int, ttl_s: int | None, user_metadata: dict[str, str] | None
+        self,
+        path: names.Path,
+        seq: int,
+        ttl_s: int | None,
+        user_metadata: dict[str, str] | None,
+        *,
+        overwrite: bool = False,
     ) -> kinds.SaveRequested:
         return kinds.SaveRequested(
             checkpoint=names.checkpoint_id(path.model, seq),
@@ -189,6 +194,7 @@ class TinkerSubmitting(Submitting):
             use=path.use,
             ttl_s=ttl_s,
             user_metadata=user_metadata or {},
+            replaces=self.holders(SavedName(*path)) if overwrite else (),
         )
 
     def _request_hash(self, kind: str, path_id: AdapterId | None) -> bytes:

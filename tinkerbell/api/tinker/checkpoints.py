@@ -1,5 +1,7 @@
 """Saving, loading, copying and changing checkpoints, as the tinker protocol asks for it."""
 
+from collections.abc import Callable
+
 import msgspec
 
 from tinkerbell.api import idempotency, validation
@@ -14,7 +16,7 @@ from tinkerbell.api.tinker.base import (
     check_project,
     seed_of,
 )
-from tinkerbell.errors import InvalidRequest, UserError
+from tinkerbell.errors import InvalidRequest, NameTaken, UserError
 from tinkerbell.events import kinds
 from tinkerbell.events.rows import CheckpointRow
 from tinkerbell.types import AdapterId, ModelInfo
@@ -83,10 +85,10 @@ class CheckpointSubmitting(TinkerSubmitting):
         path = names.Path(body.model_id, "external" if external else "state", names.checkpoint_name(body.path))
 
         def draft(_: ModelInfo) -> Draft:
-            self._require_free(path, overwrite=body.overwrite)
-            return Draft(event=self._save(path, body.seq_id, body.ttl_seconds, body.user_metadata))
+            ttl_s, overwrite = body.ttl_seconds, body.overwrite
+            return Draft(event=self._save(path, body.seq_id, ttl_s, body.user_metadata, overwrite=overwrite))
 
-        return await self._for_model("save", body.model_id, draft)
+        return await self._save_at(path, draft, overwrite=body.overwrite)
 
     async def save_for_sampler(self, body: m.SaveWeightsForSampler) -> m.Submitted:
         """A checkpoint to sample from; without a name for one sampling session, which is made with it. A retry gives
@@ -98,10 +100,9 @@ class CheckpointSubmitting(TinkerSubmitting):
             path = names.Path(body.model_id, "sampler", names.checkpoint_name(body.path))
 
             def named(_: ModelInfo) -> Draft:
-                self._require_free(path, overwrite=False)
                 return Draft(event=self._save(path, body.seq_id, body.ttl_seconds, body.user_metadata))
 
-            return await self._for_model("save", body.model_id, named)
+            return await self._save_at(path, named, overwrite=False)
         if body.sampling_session_seq_id is None:
             raise InvalidRequest("save_weights_for_sampler needs path or sampling_session_seq_id.")
         session = names.session_of(body.model_id)
@@ -118,10 +119,19 @@ class CheckpointSubmitting(TinkerSubmitting):
                 sampler=sampler,
             )
             made = kinds.SamplerCreated(sampler=sampler, session=session, checkpoint=checkpoint)
-            return Draft(event=event, before=(self._sampler_event(made),))
+            return Draft(event=event, before=(self._sampler_event(made, checkpoint),))
 
         asked = idempotency.request_hash("save", body.model_id, self._caller.raw, RENUMBERED)
         return await self._for_model("save", body.model_id, unnamed, asked)
+
+    async def _save_at(self, path: names.Path, draft: Callable[[ModelInfo], Draft], *, overwrite: bool) -> m.Submitted:
+        try:
+            return await self.save_named(lambda: self._for_model("save", path.model, draft), overwrite=overwrite)
+        except NameTaken as exc:
+            raise InvalidRequest(
+                f"There is a checkpoint {path} already, or it is being saved; give another name"
+                + (", or overwrite=True." if path.use == "state" else ".")
+            ) from exc
 
     async def copy_weights(self, body: m.CopyWeights, client: str) -> names.Path:
         """A checkpoint once more, of the same kind and with the same bytes, in a new run that cannot be trained. Its

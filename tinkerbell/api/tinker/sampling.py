@@ -26,7 +26,7 @@ def request(body: m.Asample, model: ModelInfo) -> wire.Sample:
         raise InvalidRequest(f"record_stability_info: {NO_STABLE_REINFORCE}")
     prompt = _tokens(body.prompt)
     asked = body.sampling_params
-    room = model.max_length - len(prompt)
+    room = model.room(len(prompt))
     if asked.max_tokens is None and room < 1:
         raise InvalidRequest(f"The prompt has {len(prompt)} tokens; {model.name} takes at most {model.max_length}.")
     last = body.prompt_logprobs_last_n

@@ -109,7 +109,8 @@ class TinkerSubmitter(CheckpointSubmitting, SessionSubmitting):
                 checkpoint = None
             else:
                 raise InvalidRequest("create_sampling_session needs base_model or model_path.")
-            return self._sampler_event(kinds.SamplerCreated(sampler=sampler, session=session, checkpoint=checkpoint))
+            created = kinds.SamplerCreated(sampler=sampler, session=session, checkpoint=checkpoint)
+            return self._sampler_event(created, f"{body.base_model} {body.model_path}")
 
         await self._write(await self._prepared(made))
         return sampler

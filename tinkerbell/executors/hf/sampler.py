@@ -186,10 +186,10 @@ class Sampler:
         check_token_ids("prompt", unit.prompt, self._info)
         prompt_scores.check(unit, self._info)
         prompt = np.frombuffer(unit.prompt, "<i4").tolist()
-        room = self._info.max_length - len(prompt)
+        room = self._info.room(len(prompt))
         if room < 1:
             raise InvalidRequest(
-                f"prompt: {len(prompt)} tokens leave no room in the {self._info.max_length} this model takes"
+                f"prompt: {len(prompt)} tokens are more than the {self._info.max_length} this model takes"
             )
         params = unit.params
         stop_tokens = self._info.eos_tokens if params.stop_tokens is None else params.stop_tokens
