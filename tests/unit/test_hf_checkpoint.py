@@ -3,6 +3,7 @@
 import json
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -167,3 +168,48 @@ def test_a_checkpoint_of_another_model_is_refused(bench: Bench, tmp_path: Path) 
     state = checkpoint.save(bench.adapters["a"], "tiny")
     with pytest.raises(InvalidRequest, match="does not belong"):
         load(other, state)
+
+
+# ---- merged by PEFT --------------------------------------------------------------------------------------------------
+
+
+def written(directory: Path, state: AdapterState) -> str:
+    """The directory of a downloaded checkpoint."""
+    directory.mkdir()
+    (directory / "adapter_model.safetensors").write_bytes(state.weights)
+    (directory / "adapter_config.json").write_bytes(state.adapter_config)
+    return str(directory)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_it_merges_as_the_how_to_says(tmp_path: Path, tied: bool) -> None:
+    """The base model is found by what the checkpoint says; on a tied head the adapter merges once that is untied."""
+    from peft import AutoPeftModelForCausalLM, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = write_tiny_model(tmp_path, tie_word_embeddings=tied)
+    bench = Bench(hf_model.load(str(base)))
+    bench.add("a", LORA, 1, b_scale=0.05)
+    state = checkpoint.save(bench.adapters["a"], bench.model.info.tokenizer)
+    adapter = written(tmp_path / "mine", state)
+    tokens = torch.arange(3, 20)[None]
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = model.eval().double()(input_ids=tokens).logits[0]
+        return found
+
+    expected = logits(quietly(AutoPeftModelForCausalLM.from_pretrained, adapter))
+    plain = quietly(AutoPeftModelForCausalLM.from_pretrained, adapter).double()
+    right = torch.allclose(logits(quietly(plain.merge_and_unload)), expected)
+    assert right != tied, "where that is no more so, the how-to has nothing to say"
+
+    untied = AutoModelForCausalLM.from_pretrained(str(base)).double()
+    head = untied.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    untied.config.tie_word_embeddings = False
+    merged = quietly(quietly(PeftModel.from_pretrained, untied, adapter).merge_and_unload)
+    assert torch.allclose(logits(merged), expected)
+    merged.save_pretrained(str(tmp_path / "merged"))
+    again = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged"), dtype=torch.float64)
+    assert torch.allclose(logits(again), expected)

@@ -1,14 +1,20 @@
 """Checkpoints as tar archives of PEFT directories, one file in memory at a time."""
 
+import json
 import tarfile
 from collections.abc import Iterator
+from pathlib import PurePath
+
+import msgspec
 
 from tinkerbell.errors import Corrupt
 from tinkerbell.events.rows import CheckpointRow
 
 MEDIA_TYPE = "application/x-tar"
 OPTIMIZER = "optimizer.safetensors"
-_PEFT_FILES = {"adapter_config.json": "adapter_config", "adapter_model.safetensors": "weights"}
+CONFIG = "adapter_config.json"
+_BASE = "base_model_name_or_path"
+_PEFT_FILES = {CONFIG: "adapter_config", "adapter_model.safetensors": "weights"}
 """Name in a PEFT directory -> name of the blob."""
 
 _CHUNK_BYTES = 256 * 1024
@@ -27,6 +33,18 @@ def files_of(row: CheckpointRow, *, with_optimizer: bool) -> dict[str, str]:
     if with_optimizer and "optimizer" in row.blobs:
         files[OPTIMIZER] = row.blobs["optimizer"]
     return files
+
+
+def shown(file: str, content: bytes, *, here: bool) -> bytes:
+    """What is handed out of a file. A base model in a directory of the server is named by its path only to callers who
+    are `here`, on its machine; others get the directory's name, and put in its place where they have that model."""
+    if file != CONFIG or here:
+        return content
+    config = msgspec.json.decode(content)
+    base = config.get(_BASE) if isinstance(config, dict) else None
+    if not isinstance(base, str) or not PurePath(base).is_absolute():
+        return content
+    return json.dumps(config | {_BASE: PurePath(base).name}, indent=2, sort_keys=True).encode()
 
 
 def entry(path: str, content: bytes, *, at_us: int) -> Iterator[bytes]:

@@ -117,8 +117,9 @@ class AsyncClient:
         *,
         with_optimizer: bool = False,
     ) -> Path:
-        """Write a checkpoint's files into the directory `path`, which PEFT's `from_pretrained` takes as it
-        is.
+        """Write a checkpoint's files into the directory `path`, which PEFT's `from_pretrained` takes as it is. What its
+        base model is called on another machine, and how one on the head is merged:
+        docs/how-to/take-an-adapter-away.md.
 
         Adam's moments are in it only with `with_optimizer`.
         """

@@ -141,7 +141,13 @@ async def download_checkpoint(
     principal: NamedDependency[Principal],
     optimizer: Annotated[bool, QueryParameter(description="Adam's moments as well.")] = False,
 ) -> Stream:
-    """Unpack it and give the directory to `PeftModel.from_pretrained`."""
+    """Unpack it and give the directory to `PeftModel.from_pretrained`. `AutoPeftModelForCausalLM.from_pretrained` loads
+    the base model, too, that `base_model_name_or_path` of its adapter_config.json names: a hub id, or a directory of the
+    server's machine. Of a directory callers elsewhere get the name only: put there where you have that model, whose
+    `hash` is in `GET /v1/models`.
+
+    An adapter on the head (target `unembed` or lm_head) of a model whose head is its embedding has to be untied before
+    it is merged: docs/how-to/take-an-adapter-away.md."""
     row = await _row(context, principal, checkpoint_id)
     files = archive.files_of(row, with_optimizer=optimizer)
     if optimizer and archive.OPTIMIZER not in files:
@@ -152,6 +158,7 @@ async def download_checkpoint(
     async def chunks() -> AsyncIterator[bytes]:
         for name, digest in files.items():
             content = await context.read(principal.tenant, context.store.blob, digest)
+            content = archive.shown(name, content, here=context.gate.loopback)
             for chunk in archive.entry(f"{row.id}/{name}", content, at_us=row.created_us):
                 yield chunk
         yield archive.END

@@ -22,7 +22,7 @@ METADATA = {"format": "pt"}
 
 
 def save(adapter: Adapter, base_model: str) -> AdapterState:
-    """A copy of the adapter; `base_model` is the name PEFT is told."""
+    """A copy of the adapter; `base_model` is what PEFT is told to load."""
     moments = _tensors(adapter.exp_avg, ".exp_avg") | _tensors(adapter.exp_avg_sq, ".exp_avg_sq")
     return AdapterState(
         lora=adapter.lora,

@@ -107,7 +107,7 @@ class HFExecutor:
         """See the port. Raises NotFound."""
         if adapter not in self._adapters:
             raise NotFound(f"this executor has no adapter {adapter}")
-        return checkpoint.save(self._adapters[adapter], self._info.name)
+        return checkpoint.save(self._adapters[adapter], self._info.tokenizer or self._info.name)
 
     def remove(self, adapter: AdapterId) -> None:
         """See the port."""

@@ -145,7 +145,8 @@ async def download(ticket: FromPath[str], context: NamedDependency[Context]) -> 
         row = context.store.queries.checkpoint(found.tenant, found.checkpoint)
         if row is None or not row.is_usable(now_us()):
             raise NotFound("There is no such download.")
-        return context.store.blob(archive.files_of(row, with_optimizer=False)[found.file])
+        content = context.store.blob(archive.files_of(row, with_optimizer=False)[found.file])
+        return archive.shown(found.file, content, here=context.gate.loopback)
 
     return Response(await context.read(found.tenant, read), media_type="application/octet-stream")
 
