@@ -142,9 +142,9 @@ async def download_checkpoint(
     optimizer: Annotated[bool, QueryParameter(description="Adam's moments as well.")] = False,
 ) -> Stream:
     """Unpack it and give the directory to `PeftModel.from_pretrained`. `AutoPeftModelForCausalLM.from_pretrained` loads
-    the base model, too, that `base_model_name_or_path` of its adapter_config.json names: a hub id, or a directory of the
-    server's machine. Of a directory callers elsewhere get the name only: put there where you have that model, whose
-    `hash` is in `GET /v1/models`.
+    the base model, too, that `base_model_name_or_path` of its adapter_config.json names: a hub id, or a directory of
+    the server's machine. Of a directory callers elsewhere get the name only: put there where you have that model,
+    whose `hash` is in `GET /v1/models`.
 
     An adapter on the head (target `unembed` or lm_head) of a model whose head is its embedding has to be untied before
     it is merged: docs/how-to/take-an-adapter-away.md."""
