@@ -218,3 +218,8 @@ class Corrupt(ServerError):
     """Stored bytes are not the bytes that were written."""
 
     slug = "corrupt"
+
+
+UNREADABLE = (Corrupt, KeyUnavailable, Gone)
+"""What reading an event, its body or a blob raises where trying again does not help: whoever needs it cannot go on, and
+everybody else can. Errors of the operating system are Unavailable."""

@@ -323,7 +323,7 @@ def examples() -> dict[str, tuple[AnyEvent, Body | None]]:
             None,
         ),
         (kinds.LoadCompleted(checkpoint="ck_one", step=3, state_digest="cd" * 32, **ran), None),
-        *[(cls(**why, **ran), None) for cls in kinds.FAILED.values()],
+        *[(cls(**why, **ran), None) for cls in (*kinds.FAILED.values(), kinds.RequestFailed)],
         (
             kinds.BatchPlanned(
                 batch="3.14",

@@ -6,14 +6,18 @@ the terms of its own request; every error names the datum or field.
 N: tokens of a datum; P: tokens of a prompt.
 """
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
+import msgspec
 import numpy as np
 
 from tinkerbell import wire
 from tinkerbell.config import Limits
 from tinkerbell.errors import InvalidRequest, NotFound, TooLarge
+from tinkerbell.events.codec import out_of_limits
 from tinkerbell.types import (
     BUILTIN_LOSSES,
     TARGET_PRESETS,
@@ -25,6 +29,8 @@ from tinkerbell.types import (
     OutputSpec,
     SamplingParams,
 )
+
+S = TypeVar("S", bound=msgspec.Struct)
 
 MIN_TEMPERATURE = 1e-6
 """Below it logits divided by the temperature leave float32; 0 means greedy."""
@@ -59,6 +65,17 @@ def no_checkpoint(text: str) -> NotFound:
     return NotFound(f"There is no checkpoint {text!r}.")
 
 
+def within(where: str, value: S, names: Mapping[str, str] | None = None) -> S:
+    """`value` if its fields are within the limits that its type states: who builds one in code has not checked them.
+
+    `where`: how the caller calls it; `names`: field -> the caller's word. Raises InvalidRequest that names the field.
+    """
+    try:
+        return msgspec.convert(msgspec.to_builtins(value), type(value))
+    except msgspec.ValidationError as error:
+        raise out_of_limits(error, where, names) from error
+
+
 def lora(config: LoraConfig, model: ModelInfo) -> None:
     """Every target is a preset or module name this model has."""
     for target in config.targets:
@@ -78,6 +95,8 @@ def loss(spec: LossSpec) -> LossSignature:
         if name not in signature.config:
             known = ", ".join(signature.config) or "none"
             raise InvalidRequest(f"loss.config: {spec.name} has no setting {name!r}; it has {known}.")
+        if not math.isfinite(spec.config[name]):
+            raise InvalidRequest(f"loss.config: {name!r} is {spec.config[name]}; it must be a finite number.")
     return signature
 
 
@@ -238,6 +257,7 @@ def sample_outputs(body: wire.Sample, model: ModelInfo, max_bytes: int) -> None:
 
 
 def _sampling(params: SamplingParams, model: ModelInfo) -> None:
+    within("params", params)
     for i, text in enumerate(params.stop):
         if "\0" in text:
             raise InvalidRequest(f"params.stop[{i}] has a NUL character.")

@@ -62,8 +62,17 @@ def future(row: FutureRow, *, place: int | None) -> wire.Future:
     )
 
 
+def unreadable(row: FutureRow, why: str) -> wire.Future:
+    """A future whose answer is there and cannot be read: for its caller it has failed."""
+    message = f"The answer of request {row.id} cannot be read: {why}"
+    failure = wire.Failure(category="server", code="corrupt", message=message)
+    return msgspec.structs.replace(future(row, place=None), state="failed", error=failure)
+
+
 def answered(row: FutureRow, result: kinds.Recorded, body: kinds.Body | None) -> wire.Future:
     """A future with its result or failure. Raises Corrupt where the body is missing."""
+    if isinstance(result.event, kinds.Unreadable):
+        return unreadable(row, result.event.why)
     bare = future(row, place=None)
     if isinstance(result.event, kinds.Failed):
         failed = result.event
@@ -217,11 +226,11 @@ def checkpoint(row: CheckpointRow) -> wire.Checkpoint:
 
 def log_event(recorded: kinds.Recorded) -> wire.LogEvent:
     """One event as its tenant may see it."""
-    data = msgspec.to_builtins(recorded.event)
+    data = kinds.facts_of(recorded.event)
     return wire.LogEvent(
         position=recorded.position,
         at=rfc3339(recorded.at_us),
-        type=data.pop("type"),
+        type=kinds.type_of(recorded.event),
         adapter_id=recorded.adapter,
         seq=recorded.seq,
         causation=recorded.causation,

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 PAGE = 1000
 SUMMARY_CHARS = 100
+MOST_NAMED = 100
+"""Of what cannot be read; --json names all."""
 
 
 class Seal(click.ParamType["KeptSeal"]):
@@ -51,6 +53,9 @@ def verify(
     kept: "KeptSeal | None", config: Path | None, data_dir: str | None, database_url: str | None, as_json: bool
 ) -> None:
     """Check every event, hash chain, seal, blob and projection. Exit status 1 names the first thing that is wrong.
+
+    What is as it was written, and yet cannot be read by this release, is named with its position; the rest of the log
+    is checked all the same, and the exit status says nothing of it.
 
     Whoever can write the database could write a whole stream anew, with its hashes and the seals in the log. A seal
     that was printed or sent elsewhere before shows it: give it with --seal.
@@ -143,8 +148,13 @@ def verify_log(
     counts = msgspec.to_builtins(report)
     if as_json:
         print_json({"ok": True, **counts})
-    else:
-        print_table("The log is whole", ("checked", "count"), list(counts.items()))
+        return
+    unreadable = counts.pop("unreadable")
+    print_table("The log is whole", ("checked", "count"), list(counts.items()))
+    if unreadable:
+        rows = [tuple(each[name] for name in ("position", "type", "what", "why")) for each in unreadable[:MOST_NAMED]]
+        title = f"Cannot be read by this release, and is as it was written: {len(unreadable)}"
+        print_table(title, ("position", "type", "what", "why"), rows)
 
 
 @audit.command()
@@ -167,6 +177,8 @@ def events(
     \b
     tinkerbell audit events ad_5h3k --json | head
     """
+    from tinkerbell.events.kinds import facts_of, type_of
+
     store = open_store(config, data_dir, database_url)
     try:
         rows: list[tuple[object, ...]] = []
@@ -175,8 +187,7 @@ def events(
         while page := store.read(position, limit=PAGE, adapter=adapter_id):
             position, found = page[-1].position, True
             for recorded in page:
-                data = msgspec.to_builtins(recorded.event)
-                kind = data.pop("type")
+                data, kind = facts_of(recorded.event), type_of(recorded.event)
                 if as_json:
                     line = {
                         "position": recorded.position,

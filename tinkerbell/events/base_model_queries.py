@@ -29,17 +29,14 @@ class BaseModelQueries(Querying):
             return None
         with self._engine.connect() as connection:
             event = reading.at_positions(connection, [position])[0].event
-        assert isinstance(event, kinds.EnvironmentRecorded)
-        return base_model_of(event)
+        return base_model_of(event) if isinstance(event, kinds.EnvironmentRecorded) else None
 
     def _made_in(self, adapter: str) -> int | None:
         """Position of the environment that its add_lora ran in."""
         with self._engine.connect() as connection:
             made = reading.page(connection, 0, 1, adapter=adapter, types=["add_lora.completed"])
-        if not made:
+        if not made or not isinstance(event := made[0].event, kinds.AddLoraCompleted):
             return None
-        event = made[0].event
-        assert isinstance(event, kinds.AddLoraCompleted)
         batches, environments = t.batches.c, t.environments.c
         digest = sa.select(batches.environment).where(batches.id == event.batch).scalar_subquery()
         row = self._first(

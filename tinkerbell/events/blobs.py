@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from tinkerbell.errors import Corrupt
+from tinkerbell.errors import Corrupt, Unavailable
 
 _DIGEST = re.compile("[0-9a-f]{64}")
 _PART = re.compile("[0-9a-f]{2}")
@@ -88,13 +88,16 @@ class BlobStore:
         return True
 
     def get(self, digest: str) -> bytes:
-        """The bytes with this hash (hex). Raises Corrupt when they are missing, unreadable or changed."""
+        """The bytes with this hash (hex). Raises Corrupt when they are missing or changed, Unavailable where the
+        operating system did not give them: too many open files say nothing of the blob."""
         try:
             data = self.path(digest).read_bytes()
         except FileNotFoundError as exc:
             raise Corrupt(f"blob {digest} is missing from {self._root}") from exc
-        except OSError as exc:
+        except (NotADirectoryError, IsADirectoryError) as exc:
             raise Corrupt(f"blob {digest} cannot be read: {exc}") from exc
+        except OSError as exc:
+            raise Unavailable(f"blob {digest} cannot be read now: {exc}") from exc
         if hashlib.sha256(data).hexdigest() != digest:
             raise Corrupt(f"blob {digest} has other bytes than were written")
         return data

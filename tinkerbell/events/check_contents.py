@@ -39,8 +39,8 @@ class Contents:
         """Their bytes."""
         return sum(self._lengths.values())
 
-    def see(self, row: RowMapping, named: dict[str, bytes]) -> None:
-        """Check the body and the blobs of the next event."""
+    def see(self, row: RowMapping, named: dict[str, bytes]) -> bytes | None:
+        """Check the body and the blobs of the next event. Returns its body as it is stored, if it has one."""
         if len(named) != row["num_blobs"]:
             _refuse(row["position"], f"it names {row['num_blobs']} blobs, there are {len(named)}")
         self._num_names += len(named)
@@ -57,13 +57,17 @@ class Contents:
             _refuse(row["position"], "its body is missing")
         if gone:
             (self._erased if erased else self._compacted).update(named.values())
-            return
-        for digest in named.values():
+            return None
+        body: bytes | None = row["body"]
+        for name, digest in named.items():
             if digest not in self._lengths:
                 try:
-                    self._lengths[digest] = len(self._blobs.get(digest.hex()))
+                    data = self._blobs.get(digest.hex())
                 except Corrupt as exc:
                     _refuse(row["position"], exc.detail)
+                self._lengths[digest] = len(data)
+                body = data if name == "body" else body
+        return body
 
     def end(self, connection: sa.Connection) -> None:
         """Check the tables of blobs: they have what the events name, and nothing else."""

@@ -31,14 +31,18 @@ class Requests:
         self._check_key(row)
         self._check_fence(row)
         match recorded.event:
-            case kinds.Request():
+            case event if kinds.is_request(event):
                 self._request(recorded)
-            case kinds.Result() as result:
-                return self._result(recorded, result)
+            case event if kinds.is_result(event):
+                return self._result(recorded, event)
             case kinds.LeaseGranted() as granted:
                 if granted.epoch != self._epochs.get(granted.resource, 0) + 1:
                     _refuse("I10", recorded, f"epoch {granted.epoch} of {granted.resource} is not the next")
                 self._epochs[granted.resource] = granted.epoch
+            case kinds.Unreadable(type_="lease.granted"):
+                # Epochs go up by one, and a lease has a stream of its own.
+                resource = recorded.stream.removeprefix("system/")
+                self._epochs[resource] = self._epochs.get(resource, 0) + 1
             case kinds.BatchRan() as ran:
                 if sum(charge for _, charge in ran.charges) != ran.busy_us:
                     _refuse("I6", recorded, f"the charges of batch {ran.batch} do not sum to {ran.busy_us} us")
@@ -89,22 +93,24 @@ class Requests:
         if recorded.adapter is not None and expected is not None:
             self._next_seq[recorded.adapter] = expected + 1
 
-    def _result(self, recorded: Recorded, result: kinds.Result) -> Cause:
+    def _result(self, recorded: Recorded, result: kinds.Event) -> Cause:
         self.num_results += 1
         cause = self._pending.pop(recorded.causation or 0, None)
         if cause is None or recorded.causation is None:
             twice = recorded.causation in self._answered
             _refuse("I4", recorded, f"request {recorded.causation} {'has a result' if twice else 'is not there'}")
-        answers = (recorded.tenant, recorded.adapter, kinds.kind_of(recorded.event))
-        if answers != (cause.tenant, cause.adapter, cause.kind):
+        same = (recorded.tenant, recorded.adapter) == (cause.tenant, cause.adapter)
+        if not same or not kinds.answers(result, cause.kind):
             _refuse("I4", recorded, f"it answers request {recorded.causation}, which is another's")
         self._answered.add(recorded.causation)
         if cause.seq is not None and cause.adapter is not None:
             if cause.seq != self._done_seq.get(cause.adapter, -1) + 1:
                 _refuse("I7", recorded, f"it answers seq {cause.seq} before an earlier one")
             self._done_seq[cause.adapter] = cause.seq
-        self.cost_us += result.cost_us
-        self._charge(recorded.causation, -result.cost_us)
+        # What one that cannot be read says it cost is taken from the batches that ran it.
+        cost_us = result.cost_us if isinstance(result, kinds.Result) else self._charged.get(recorded.causation, 0)
+        self.cost_us += cost_us
+        self._charge(recorded.causation, -cost_us)
         return cause
 
     def _charge(self, request: int, charge: int) -> None:

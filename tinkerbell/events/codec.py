@@ -4,14 +4,15 @@ import hashlib
 import math
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import msgspec
 import zstandard
 
-from tinkerbell.errors import Corrupt, InvalidRequest
-from tinkerbell.events.kinds import BODY_OF, AnyEvent, Body, BodyCodec, Event, NewEvent, type_of
+from tinkerbell.errors import Corrupt, InvalidRequest, UserError
+from tinkerbell.events.kinds import BODY_OF, AnyEvent, AnyRead, Body, BodyCodec, Event, NewEvent, Unreadable, type_of
 
 INLINE_BYTES = 64 * 1024
 """A stored body longer than this becomes a blob: inline it would delay its neighbours in the group commit."""
@@ -26,6 +27,9 @@ event needs an entry in VERSION_OF, one here, and the old bytes in the golden fi
 _ESCAPED_NUL = re.compile(r"(?<!\\)(\\\\)*\\u0000")
 """The NUL character as JSON writes it; behind one more backslash it would be six harmless characters."""
 
+_UNWRITABLE = (OverflowError, UnicodeEncodeError, RecursionError, msgspec.DecodeError)
+"""What encoding a value, or decoding it again, raises for what JSON or MessagePack cannot hold."""
+
 Seal = Callable[[bytes], bytes]
 """Encrypts what is about to be stored."""
 ENCRYPTED: dict[BodyCodec, BodyCodec] = {"zstd": "zstd+aes256gcm", "msgpack": "msgpack+aes256gcm"}
@@ -33,7 +37,11 @@ ENCRYPTED: dict[BodyCodec, BodyCodec] = {"zstd": "zstd+aes256gcm", "msgpack": "m
 _encode_json = msgspec.json.Encoder(order="deterministic").encode
 _decode_event = msgspec.json.Decoder(AnyEvent).decode
 _encode_msgpack = msgspec.msgpack.Encoder(order="deterministic").encode
-_body_decoders = {type_: msgspec.msgpack.Decoder(cls) for type_, cls in BODY_OF.items()}
+
+
+@cache
+def _body_decoder(cls: type[Body]) -> msgspec.msgpack.Decoder[Body]:
+    return msgspec.msgpack.Decoder(cls)
 
 
 class _Zstd(threading.local):
@@ -74,16 +82,17 @@ def canonical_json(value: Any) -> str:
 
 
 def prepare(new: NewEvent, seal: Seal | None = None) -> Prepared:
-    """Encode an event and its body; `seal` encrypts its body and blobs.
+    """Encode an event and its body; `seal` encrypts its body and blobs. The one place where anything becomes what is
+    written: what could not be read back does not get through it.
 
-    Raises InvalidRequest for numbers that are not finite and for NUL characters, which not every database can
-    hold; TypeError where the body is not the one its type has.
+    Raises InvalidRequest for that, for numbers that are not finite and for text that not every database can hold;
+    TypeError where the body is not the one its type has.
     """
     type_ = type_of(new.event)
     data = encode_event(new.event)
-    for text in (new.tenant, new.stream, new.adapter, new.correlation, new.actor, new.idempotency_key):
-        if text is not None and "\0" in text:
-            raise InvalidRequest("text must not contain NUL characters")
+    for name in ("tenant", "stream", "adapter", "correlation", "actor", "idempotency_key"):
+        if (text := getattr(new, name)) is not None and not _is_storable(text):
+            raise InvalidRequest(f"{name}: text must be Unicode without NUL characters")
     if new.idempotency_key is not None and new.request_hash is None:
         raise TypeError("an idempotency key needs the hash of its request")
     version = VERSION_OF.get(type_, 1)
@@ -110,6 +119,14 @@ def prepare(new: NewEvent, seal: Seal | None = None) -> Prepared:
     )
 
 
+def _is_storable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
+
+
 def _sealed(blobs: dict[str, bytes], seal: Seal | None) -> dict[str, bytes]:
     return {name: data if seal is None else seal(data) for name, data in blobs.items()}
 
@@ -125,26 +142,82 @@ def has_hash(stored: bytes, digest: str | None) -> bool:
 
 
 def encode_event(event: Event) -> str:
-    """Canonical JSON of an event. Raises InvalidRequest where JSON could not give the same event back."""
-    data = canonical_json(event)
-    if _ESCAPED_NUL.search(data):
-        raise InvalidRequest("text must not contain NUL characters")
-    # JSON has no NaN and no infinity: they are written as null, and would come back as nothing or not at all.
-    if "null" in data and not _is_finite(msgspec.to_builtins(event)):
-        raise InvalidRequest(f"{type_of(event)}: every number must be finite")
+    """Canonical JSON of an event. Raises InvalidRequest, which names the field, where it would not be read back as the
+    same event: nothing built an event in code checks the limits of its fields, only decoding does."""
+    try:
+        data = canonical_json(event)
+        # JSON has no NaN and no infinity: they are written as null, which is another event, or none.
+        back = _decode_event(data)
+    except RecursionError as exc:
+        raise InvalidRequest(f"{type_of(event)} is nested too deeply") from exc
+    except _UNWRITABLE as exc:
+        _refuse_unwritable(event)
+        if isinstance(exc, msgspec.ValidationError):
+            raise out_of_limits(exc) from exc
+        raise InvalidRequest(f"{type_of(event)} cannot be written: {exc}") from exc
+    if back != event or ("\\u0000" in data and _ESCAPED_NUL.search(data)):
+        _refuse_unwritable(event)
+        # A list stands for a tuple: the same to who reads it.
+        if canonical_json(back) != data:
+            raise InvalidRequest(f"{type_of(event)} would be read back as another event than was written")
     return data
 
 
-def _is_finite(value: Any) -> bool:
+def out_of_limits(error: msgspec.ValidationError, where: str = "", names: Mapping[str, str] | None = None) -> UserError:
+    """What a field may not be, in the words of whoever sent it: `params.stop[0]: Expected ...`.
+
+    `where`: the place of the value in the request; `names`: field -> as it is called there.
+    """
+    what, _, path = str(error).partition(" - at `$")
+    path = path.removesuffix("`").removeprefix(".")
+    first = re.match(r"\w*", path)
+    assert first is not None
+    path = (names or {}).get(first[0], first[0]) + path[first.end() :]
+    field = f"{where}.{path}" if where and path and path[0] != "[" else where + path
+    return InvalidRequest(f"{field}: {what}" if field else what)
+
+
+def _refuse_unwritable(value: Any, path: str = "") -> None:
+    """Raise InvalidRequest that names the first number that is not finite, or the first text that cannot be stored."""
     match value:
-        case float():
-            return math.isfinite(value)
+        case msgspec.Struct():
+            for name, item in msgspec.structs.asdict(value).items():
+                _refuse_unwritable(item, f"{path}.{name}" if path else name)
+        case float() if not math.isfinite(value):
+            raise InvalidRequest(f"{path} is {value}; every number must be finite")
+        case str() if not _is_storable(value):
+            raise InvalidRequest(f"{path}: text must be Unicode without NUL characters")
         case dict():
-            return all(_is_finite(item) for item in value.values())
+            for key, item in value.items():
+                _refuse_unwritable(key, f"a name in {path}")
+                _refuse_unwritable(item, f"{path}.{key}")
         case list() | tuple():
-            return all(_is_finite(item) for item in value)
+            for index, item in enumerate(value):
+                _refuse_unwritable(item, f"{path}[{index}]")
         case _:
-            return True
+            pass
+
+
+def read_event(type_: str, version: int, data: str) -> AnyRead:
+    """The event of a row, whatever is in it: one that this release cannot read is no reason not to read the others."""
+    try:
+        return decode_event(type_, version, data)
+    except Corrupt as exc:
+        return Unreadable(type_=type_, why=exc.detail, num_tokens=_num_tokens(data))
+
+
+def _num_tokens(data: str) -> int:
+    try:
+        found = msgspec.json.decode(data, type=_Tokens).num_tokens
+    except (TypeError, ValueError, RecursionError):
+        return 0
+    return found if 0 <= found < 1 << 63 else 0
+
+
+class _Tokens(msgspec.Struct):
+    """What can be read of a request that cannot be read as a whole."""
+
+    num_tokens: int = 0
 
 
 def decode_event(type_: str, version: int, data: str) -> AnyEvent:
@@ -153,9 +226,11 @@ def decode_event(type_: str, version: int, data: str) -> AnyEvent:
     if version == current:
         try:
             event: AnyEvent = _decode_event(data)
-            return event
-        except msgspec.DecodeError as exc:
+        except (TypeError, ValueError, RecursionError) as exc:
             raise Corrupt(f"an event of type {type_} cannot be read: {exc}") from exc
+        if type_of(event) != type_:
+            raise Corrupt(f"an event of type {type_} says that it is a {type_of(event)}")
+        return event
     if version > current:
         raise Corrupt(f"{type_} version {version} was written by a newer release; this one knows {current}")
     try:
@@ -164,7 +239,7 @@ def decode_event(type_: str, version: int, data: str) -> AnyEvent:
             value = UPCASTERS[type_, old](value)
         upcast: AnyEvent = msgspec.convert(value, AnyEvent)
         return upcast
-    except (msgspec.MsgspecError, KeyError) as exc:
+    except (TypeError, ValueError, KeyError, RecursionError) as exc:
         raise Corrupt(f"{type_} version {version} cannot be brought to version {current}: {exc}") from exc
 
 
@@ -179,8 +254,18 @@ def body_bytes(body: Body) -> bytes:
 
 
 def encode_body(body: Body) -> tuple[bytes, BodyCodec, int]:
-    """(stored bytes, codec, length before compression). Kept as it is where compressing does not make it smaller."""
-    raw = body_bytes(body)
+    """(stored bytes, codec, length before compression). Kept as it is where compressing does not make it smaller.
+
+    Raises InvalidRequest where it could not be read back.
+    """
+    try:
+        raw = body_bytes(body)
+        # Arrays are copied, not looked at: a twentieth of what compressing them costs.
+        _body_decoder(type(body)).decode(raw)
+    except msgspec.ValidationError as exc:
+        raise out_of_limits(exc, "body") from exc
+    except (*_UNWRITABLE, ValueError) as exc:
+        raise InvalidRequest(f"the body cannot be written: {exc}") from exc
     small = _zstd.compress(raw)
     if len(small) < len(raw):
         return small, "zstd", len(raw)
@@ -191,7 +276,7 @@ def decode_body(type_: str, codec: str, stored: bytes) -> Body:
     """The body of an event of this type, from its stored bytes, decrypted. Raises Corrupt when they are not one."""
     try:
         raw = _zstd.decompress(stored) if codec.startswith("zstd") else stored
-        body: Body = _body_decoders[type_].decode(raw)
-    except (zstandard.ZstdError, msgspec.DecodeError, KeyError) as exc:
+        body: Body = _body_decoder(BODY_OF[type_]).decode(raw)
+    except (zstandard.ZstdError, KeyError, ValueError, RecursionError) as exc:
         raise Corrupt(f"the body of a {type_} cannot be read: {exc}") from exc
     return body

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from tinkerbell.events.kinds import Failed, Recorded, Result
+from tinkerbell.events.kinds import Failed, Recorded, Result, is_result
 from tinkerbell.events.rows import FutureRow
 from tinkerbell.events.store import EventStore
 from tinkerbell.types import SYSTEM_TENANT
@@ -83,10 +83,15 @@ class FutureWaiter:
 
     def _on_events(self, events: Sequence[Recorded]) -> None:
         """On the store's tail thread."""
-        answers = {item.causation: item for item in events if item.causation and isinstance(item.event, Result)}
+        # Who waits for one that cannot be read asks the log what has become of it.
+        answers = {
+            item.causation: item if isinstance(item.event, Result) else None
+            for item in events
+            if item.causation and is_result(item.event)
+        }
         if answers and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake, answers)
-            self._loop.call_soon_threadsafe(self._alert, {item.tenant for item in answers.values()})
+            self._loop.call_soon_threadsafe(self._alert, {item.tenant for item in events if is_result(item.event)})
 
     def _alert(self, tenants: Collection[str]) -> None:
         for tenant in tenants:

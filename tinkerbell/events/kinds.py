@@ -269,6 +269,10 @@ class LoadFailed(Failed, frozen=True, kw_only=True, tag="load.failed"):
     """The adapter is as it was."""
 
 
+class RequestFailed(Failed, frozen=True, kw_only=True, tag="request.failed"):
+    """The server does not know what was asked: a newer release accepted it."""
+
+
 # ---- what the server did of its own accord ----------------------------------------------------------------------
 
 
@@ -502,6 +506,7 @@ AnyFailed = (
     | SampleFailed
     | SaveFailed
     | LoadFailed
+    | RequestFailed
 )
 AnyResult = (
     AddLoraCompleted
@@ -541,6 +546,21 @@ AnyEvent = (
     | BulkCompacted
 )
 
+
+class Unreadable(Event, frozen=True, kw_only=True, tag="unreadable"):
+    """Stands for an event of the log that this release cannot read: an older one wrote what is not within its limits,
+    a newer one knows more, or the row was damaged. It is never written."""
+
+    type_: str
+    """Of the event."""
+    why: str
+    num_tokens: int = 0
+    """That a request brought, where that much can be read."""
+
+
+AnyRead = AnyEvent | Unreadable
+"""What reading the log gives."""
+
 FAILED: dict[str, type[AnyFailed]] = {
     cls.__struct_config__.tag.removesuffix(".failed"): cls  # type: ignore[union-attr]
     for cls in (
@@ -554,7 +574,7 @@ FAILED: dict[str, type[AnyFailed]] = {
         LoadFailed,
     )
 }
-"""Kind of a request -> its failure."""
+"""Kind of a request -> its failure; of any other RequestFailed."""
 
 SAMPLE_KINDS = frozenset({"sample"})
 """Kinds outside an adapter's sequence: they read one version of it and may be answered out of order."""
@@ -562,6 +582,8 @@ SAMPLE_KINDS = frozenset({"sample"})
 
 def type_of(event: Event | type[Event]) -> str:
     """`forward_backward.requested`."""
+    if isinstance(event, Unreadable):
+        return event.type_
     tag = event.__struct_config__.tag
     assert isinstance(tag, str)
     return tag
@@ -570,6 +592,32 @@ def type_of(event: Event | type[Event]) -> str:
 def kind_of(event: Event | type[Event]) -> str:
     """`forward_backward`: what is before the last dot of the type."""
     return type_of(event).rpartition(".")[0]
+
+
+def facts_of(event: Event) -> dict[str, Any]:
+    """What an event says, by field; of one that cannot be read, why."""
+    if isinstance(event, Unreadable):
+        return {"unreadable": event.why}
+    facts: dict[str, Any] = msgspec.to_builtins(event)
+    del facts["type"]
+    return facts
+
+
+def answers(event: Event, kind: str) -> bool:
+    """Whether a result can be that of a request of this kind."""
+    return kind_of(event) == kind or (isinstance(event, RequestFailed) and kind not in FAILED)
+
+
+def is_request(event: Event) -> bool:
+    """Whether somebody asked for something, readably or not."""
+    return isinstance(event, Request) or (isinstance(event, Unreadable) and event.type_.endswith(".requested"))
+
+
+def is_result(event: Event) -> bool:
+    """Whether it answers a request, readably or not."""
+    return isinstance(event, Result) or (
+        isinstance(event, Unreadable) and event.type_.endswith((".completed", ".failed"))
+    )
 
 
 # ---- bodies -----------------------------------------------------------------------------------------------------
@@ -674,7 +722,7 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True):
     seq: int | None
     """Of a request: its place among the adapter's requests, 0, 1, 2, ...; None for samples and for what is no
     request. Of a result: None."""
-    event: AnyEvent
+    event: AnyRead
     body: bytes | None
     """The body as stored when it is inline (see codec.decode_body); None where there is none or it is a blob."""
     blobs: dict[str, str]

@@ -18,7 +18,7 @@ Holders = dict[CheckpointId, int | None]
 """Checkpoints that have a name -> microseconds since 1970 at which they expire; None: never, or not saved yet."""
 
 
-def name_of(event: kinds.AnyEvent, adapter: AdapterId | None) -> SavedName | None:
+def name_of(event: kinds.AnyRead, adapter: AdapterId | None) -> SavedName | None:
     """The name that a save asks for."""
     if not isinstance(event, kinds.SaveRequested) or event.name is None or adapter is None:
         return None

@@ -79,10 +79,10 @@ class Cause(msgspec.Struct, frozen=True):
     answered: bool = False
 
 
-def num_tokens_of(event: kinds.Request) -> int:
+def num_tokens_of(event: kinds.Event) -> int:
     """Tokens a request brings with it."""
     match event:
-        case kinds.ForwardRequested() | kinds.ForwardBackwardRequested() | kinds.SampleRequested():
+        case kinds.ForwardRequested() | kinds.ForwardBackwardRequested() | kinds.SampleRequested() | kinds.Unreadable():
             return event.num_tokens
         case _:
             return 0
@@ -90,14 +90,17 @@ def num_tokens_of(event: kinds.Request) -> int:
 
 def cause_of(recorded: Recorded) -> Cause:
     """The request of this event as its result will see it."""
-    assert isinstance(recorded.event, kinds.Request)
+    assert kinds.is_request(recorded.event)
     kind, tokens = kinds.kind_of(recorded.event), num_tokens_of(recorded.event)
     return Cause(recorded.tenant, recorded.adapter, recorded.seq, kind, tokens)
 
 
 def fold(recorded: Recorded, cause: Cause | None) -> list[Change]:
-    """What this event changes. `cause`: the request a result answers, None for every other event."""
+    """What this event changes. `cause`: the request a result answers, None for every other event. Of one that cannot be
+    read: what its row says."""
     event = recorded.event
+    if isinstance(event, kinds.Unreadable):
+        return _request(recorded, event) if kinds.is_request(event) else []
     match event:
         case kinds.Request():
             return _request(recorded, event)
@@ -210,7 +213,7 @@ def apply(tables: Tables, change: Change) -> None:
                 row[column] = row.get(column, 0) + value
 
 
-def _request(recorded: Recorded, event: kinds.Request) -> list[Change]:
+def _request(recorded: Recorded, event: kinds.Event) -> list[Change]:
     values: Row = {
         "tenant": recorded.tenant,
         "adapter": recorded.adapter,

@@ -164,11 +164,17 @@ class Queries(AdapterQueries, BaseModelQueries, SessionQueries, UsageQueries):
         """The newest environment an executor came up in: it has what a caller must know of the served model."""
         with self._engine.connect() as connection:
             newest = connection.execute(_NEWEST_ENVIRONMENT).scalar()
-            if newest is None:
-                return None
             cached = self._environment
-            if cached is None or cached[0] != newest:
-                event = reading.at_positions(connection, [newest])[0].event
-                assert isinstance(event, kinds.EnvironmentRecorded)
-                cached = self._environment = (newest, event)
-        return cached[1]
+            if newest is not None and (cached is None or cached[0] != newest):
+                readable = _newest_readable(connection)
+                cached = self._environment = None if readable is None else (newest, readable)
+        return None if newest is None or cached is None else cached[1]
+
+
+def _newest_readable(connection: sa.Connection) -> kinds.EnvironmentRecorded | None:
+    positions = connection.execute(sa.select(t.environments.c.position).order_by(t.environments.c.position.desc()))
+    for position in positions.scalars():
+        for recorded in reading.at_positions(connection, [position]):
+            if isinstance(recorded.event, kinds.EnvironmentRecorded):
+                return recorded.event
+    return None

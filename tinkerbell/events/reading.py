@@ -6,7 +6,7 @@ from typing import TypeVar
 import sqlalchemy as sa
 from sqlalchemy import RowMapping
 
-from tinkerbell.events.codec import decode_event
+from tinkerbell.events.codec import read_event
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.querying import unindexed
 from tinkerbell.events.rules import record
@@ -111,10 +111,10 @@ def at_positions(connection: sa.Connection, positions: Collection[int], *, bodie
 
 
 def decode_rows(connection: sa.Connection, rows: Sequence[RowMapping]) -> list[Recorded]:
-    """Recorded events of rows of `events`. Raises Corrupt for what this release cannot read."""
+    """Recorded events of rows of `events`; what this release cannot read is there as `Unreadable`."""
     blobs = blobs_of(connection, rows)
     return [
-        record(row, decode_event(row["type"], row["schema_version"], row["data"]), blobs.get(row["position"], {}))
+        record(row, read_event(row["type"], row["schema_version"], row["data"]), blobs.get(row["position"], {}))
         for row in rows
     ]
 

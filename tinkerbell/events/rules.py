@@ -188,7 +188,8 @@ def _admit_result(state: State, new: NewEvent, event: kinds.Result) -> tuple[Cau
     if (
         cause is None
         or new.causation is None
-        or (cause.tenant, cause.adapter, cause.kind) != (new.tenant, new.adapter, kinds.kind_of(event))
+        or (cause.tenant, cause.adapter) != (new.tenant, new.adapter)
+        or not kinds.answers(event, cause.kind)
     ):
         raise NotFound(f"there is no request {new.causation} that this answers")
     if cause.answered:
@@ -266,7 +267,7 @@ def _place(
     return Admitted(recorded, cause, row, blobs)
 
 
-def record(row: Any, event: kinds.AnyEvent, blobs: dict[str, bytes]) -> Recorded:
+def record(row: Any, event: kinds.AnyRead, blobs: dict[str, bytes]) -> Recorded:
     """The envelope of a row of `events` (a mapping of its columns)."""
     return Recorded(
         position=row["position"],

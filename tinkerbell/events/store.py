@@ -313,7 +313,8 @@ class EventStore:
         """Verify the whole log, its blobs, its projections and its seals in one snapshot; `seal`: compare with a root
         that was kept elsewhere, too.
 
-        Raises Corrupt naming the invariant and the position. Reads everything: minutes for a large log.
+        What is as it was written and cannot be read by this release is in the report, with its position. Raises Corrupt
+        naming the invariant and the position of what is not. Reads everything: minutes for a large log.
         """
         with snapshot(self._read_engine) as connection:
-            return check.check(connection, self._blobs, seal)
+            return check.check(connection, self._blobs, self._vault, seal)

@@ -66,12 +66,14 @@ class Vault:
         return envelope.key_of(stored, data_key)
 
     def require(self) -> None:
-        """Raise KeyUnavailable unless the keys in the database can be used."""
+        """Raise KeyUnavailable unless the key file is one that wrapped keys of this database. A key that was damaged is
+        its tenant's loss, and found when it is needed."""
         with self._reader.connect() as connection:
-            row = connection.execute(sa.select(data_keys).where(data_keys.c.wrapped.is_not(None)).limit(1)).mappings()
-            found = row.first()
-        if found is not None:
-            self._unwrap(found)
+            living = sa.select(data_keys).where(data_keys.c.wrapped.is_not(None))
+            names = set(connection.execute(living.with_only_columns(data_keys.c.wrapped_by).distinct()).scalars())
+            kek = self._load()
+            if names and (kek is None or _name(kek) not in names):
+                self._unwrap(connection.execute(living.limit(1)).mappings().one())
 
     def forget(self, tenant: TenantId) -> None:
         """Its keys were destroyed: do not keep them in memory either."""
@@ -116,7 +118,7 @@ class Vault:
         wrapped = row["wrapped"]
         try:
             return AESGCM(kek).decrypt(wrapped[:_NONCE_BYTES], wrapped[_NONCE_BYTES:], _bound(row["tenant"], row["id"]))
-        except InvalidTag as exc:
+        except (InvalidTag, ValueError, TypeError) as exc:
             raise KeyUnavailable(
                 f"the data key of tenant {row['tenant']} was wrapped by another key than that in {self._key_file}"
                 if row["wrapped_by"] != _name(kek)
@@ -155,8 +157,10 @@ class Vault:
                 text = self._key_file.read_text().strip()
             except FileNotFoundError:
                 return None
-            except (OSError, UnicodeDecodeError) as exc:
+            except (PermissionError, IsADirectoryError, UnicodeDecodeError) as exc:
                 raise KeyUnavailable(f"the key file {self._key_file} cannot be read: {exc}") from exc
+            except OSError as exc:
+                raise Unavailable(f"the key file {self._key_file} cannot be read now: {exc}") from exc
             try:
                 kek = bytes.fromhex(text)
             except ValueError:

@@ -16,6 +16,8 @@ import threading
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from tinkerbell.errors import InvalidRequest, ServerError, TinkerbellError
 from tinkerbell.executors import protocol, registry
 from tinkerbell.executors.port import Executor
@@ -125,7 +127,13 @@ def serve(kind: str, stream: socket.socket) -> None:
     pulse = Pulse(voice)
     pulse.start()
     while (body := protocol.read_frame(stream)) is not None:
-        command = protocol.command_decoder.decode(body)
+        try:
+            command = protocol.command_decoder.decode(body)
+        except msgspec.DecodeError as exc:
+            # Nothing was done: the adapters here are as they were.
+            log.error("a command cannot be read: %s", exc)
+            voice.say(protocol.frame(protocol.failed(ServerError(f"the executor cannot read the command: {exc}"), 0)))
+            continue
         del body  # a load's weights need not be held twice
         if isinstance(command, protocol.Stop):
             return

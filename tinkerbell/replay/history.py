@@ -1,10 +1,10 @@
 """One run as the log tells it: every request of an adapter with its answer, its plan and the environment it ran in."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from tinkerbell.errors import InvalidRequest, NotFound
+from tinkerbell.errors import Corrupt, InvalidRequest, NotFound
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import EnvironmentRecorded, PlannedUnit
 from tinkerbell.replay.log import Entry, Log
@@ -35,11 +35,11 @@ class Call:
         return kinds.kind_of(self.request.recorded.event)
 
     @property
-    def asked(self) -> kinds.AnyEvent:
+    def asked(self) -> kinds.AnyRead:
         return self.request.recorded.event
 
     @property
-    def answer(self) -> kinds.AnyEvent | None:
+    def answer(self) -> kinds.AnyRead | None:
         return None if self.result is None else self.result.recorded.event
 
 
@@ -155,8 +155,9 @@ def read_history(log: Log, run: str) -> History:
     adapter = made.recorded.adapter
     assert adapter is not None
     entries = tuple(log.entries(made.position - 1, adapter=adapter))
-    results = {each.recorded.causation: each for each in entries if isinstance(each.recorded.event, kinds.Result)}
-    requests = [each for each in entries if isinstance(each.recorded.event, kinds.Request)]
+    results = {each.recorded.causation: each for each in entries if kinds.is_result(each.recorded.event)}
+    requests = [each for each in entries if kinds.is_request(each.recorded.event)]
+    _require_readable(entries, results)
     units: dict[int, list[PlannedUnit]] = {each.position: [] for each in requests}
     plans = _plans(log, made.position, entries[-1].position, units)
     calls: list[Call] = []
@@ -182,12 +183,22 @@ def _recovery_points(entries: Iterable[Entry]) -> Iterator[Entry]:
     return (each for each in entries if isinstance(each.recorded.event, kinds.CheckpointWritten))
 
 
+def _require_readable(entries: Iterable[Entry], results: Mapping[int | None, Entry]) -> None:
+    """Raise Corrupt for what cannot be read and had an effect; a request that failed had none."""
+    for each in entries:
+        event, result = each.recorded.event, results.get(each.position)
+        failed = result is not None and isinstance(result.recorded.event, kinds.Failed)
+        if isinstance(event, kinds.Unreadable) and not failed:
+            raise Corrupt(f"event {each.position} of the run cannot be read: {event.why}")
+
+
 def _plans(log: Log, after: int, until: int, units: dict[int, list[PlannedUnit]]) -> dict[str, Entry]:
     """The batch.planned events with some of these requests, whose units are added to `units`."""
     plans: dict[str, Entry] = {}
     for each in log.entries(after, until=until, tenant=SYSTEM_TENANT, types=["batch.planned"]):
         event = each.recorded.event
-        assert isinstance(event, kinds.BatchPlanned)
+        if not isinstance(event, kinds.BatchPlanned):
+            continue
         mine = [unit for unit in event.units if unit.request in units]
         for unit in mine:
             units[unit.request].append(unit)

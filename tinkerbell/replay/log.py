@@ -41,8 +41,8 @@ class Entry:
 
 
 def entry(columns: Mapping[str, Any], blobs: Mapping[str, bytes]) -> Entry:
-    """The event of a row. Raises Corrupt for what this release cannot read."""
-    event = codec.decode_event(columns["type"], columns["schema_version"], columns["data"])
+    """The event of a row, `Unreadable` where this release cannot read it."""
+    event = codec.read_event(columns["type"], columns["schema_version"], columns["data"])
     return Entry(columns, blobs, record({**columns, "body": None}, event, dict(blobs)))
 
 

@@ -258,6 +258,8 @@ def _skip(turn: list[tuple[float, int, _Cursor]], lane: Lane) -> None:
 
 
 def _obstacle(request: PendingRequest, resident: Container[AdapterId]) -> Measure | Restore | None:
+    if request.verdict is not None:
+        return Measure(request)
     if request.adapter is not None and request.kind not in STATELESS_KINDS and request.adapter not in resident:
         return Restore(request)
     return None if request.measured else Measure(request)

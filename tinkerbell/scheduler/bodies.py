@@ -32,11 +32,11 @@ class Bodies:
 
     def take_inline(self, request: PendingRequest, recorded: Recorded) -> None:
         """Measure the request if its body came with its event; a larger one is read when its turn comes."""
-        if request.kind in BODY_KINDS and recorded.body is not None:
+        if request.verdict is None and request.kind in BODY_KINDS and recorded.body is not None:
             self._keep(request, self._decode(recorded))
 
     async def get(self, request: PendingRequest) -> RequestBody:
-        """The body of the request, which is measured afterwards. Raises Corrupt."""
+        """The body of the request, which is measured afterwards. Raises what reading it raises."""
         found = self._bodies.get(request.position)
         if found is not None:
             self._bodies.move_to_end(request.position)

@@ -10,8 +10,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tinkerbell.errors import Fenced, StorageUnavailable
-from tinkerbell.events.kinds import NewEvent, Recorded
+from tinkerbell.errors import AlreadyAnswered, Fenced, NotFound, StorageUnavailable, Unavailable
+from tinkerbell.events.kinds import NewEvent, Recorded, is_result
 from tinkerbell.events.store import EventStore
 from tinkerbell.scheduler import metrics
 from tinkerbell.scheduler.host import wait_for
@@ -21,6 +21,9 @@ log = logging.getLogger("tinkerbell.scheduler")
 _MOST_IN_FLIGHT = 8
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
+
+_NOT_OVER_EVENTS = (Unavailable, Fenced, AlreadyAnswered, NotFound)
+"""Why a write is refused whatever is in it: the database is away, or another leads."""
 
 Written = asyncio.Future[list[Recorded]]
 
@@ -43,12 +46,14 @@ class Commits:
         self._first_attempts: set[asyncio.Future[None]] = set()
         self._over = asyncio.Event()
         self._failure: Exception | None = None
+        self.refused: list[int] = []
+        """Positions of the requests with whose results a write was refused, which no trying again would mend."""
 
     def submit(self, *events: NewEvent) -> None:
         """Write the events together, after everything submitted before."""
         loop = asyncio.get_running_loop()
         submitted = loop.run_in_executor(self._thread, self._submit, loop, events)
-        task = asyncio.create_task(self._finish(submitted))
+        task = asyncio.create_task(self._finish(submitted, events))
         self._in_order.add(task)
         task.add_done_callback(self._in_order.discard)
 
@@ -150,7 +155,7 @@ class Commits:
                 await wait_for(self._over, pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         except Exception as exc:  # noqa: BLE001 - whatever it is, the leadership ends with it
-            self.fail(exc)
+            self._refuse(exc, events)
         finally:
             if not tried.done():
                 tried.set_result(None)
@@ -167,10 +172,15 @@ class Commits:
             return exc
         return self._failure
 
-    async def _finish(self, submitted: "asyncio.Future[Written | None]") -> None:
+    async def _finish(self, submitted: "asyncio.Future[Written | None]", events: tuple[NewEvent, ...]) -> None:
         try:
             written = await submitted
             if written is not None:
                 await written
         except Exception as exc:  # noqa: BLE001 - whatever it is, the leadership ends with it
-            self.fail(exc)
+            self._refuse(exc, events)
+
+    def _refuse(self, exc: Exception, events: Sequence[NewEvent]) -> None:
+        if self._failure is None and not isinstance(exc, _NOT_OVER_EVENTS):
+            self.refused = [e.causation for e in events if e.causation is not None and is_result(e.event)]
+        self.fail(exc)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from tinkerbell.errors import ExecutorDied, InvalidRequest, TinkerbellError
+from tinkerbell.errors import ExecutorDied, InvalidRequest, TinkerbellError, Unavailable
 from tinkerbell.events import kinds
 from tinkerbell.executors.link import ExecutorLink, Timed
 from tinkerbell.executors.port import AdapterReport
@@ -32,10 +32,10 @@ class Control:
         self._residency = residency
 
     async def run(self, link: ExecutorLink, request: PendingRequest) -> Done:
-        """The outcome. Raises ExecutorDied."""
+        """The outcome. Raises ExecutorDied, and Unavailable where what it needs cannot be read now."""
         try:
             return await self._run(link, request)
-        except ExecutorDied:
+        except (ExecutorDied, Unavailable):
             raise
         except TinkerbellError as exc:
             if exc.category == "server" and request.adapter is not None:

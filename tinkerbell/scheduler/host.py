@@ -57,8 +57,8 @@ class ExecutorHost:
                 return None
             try:
                 environment = await self.start()
-            except TinkerbellError as exc:
-                log.error("executor start failed code=%s attempt=%d detail=%s", exc.slug, self._deaths, exc)
+            except (TinkerbellError, OSError) as exc:
+                log.error("executor start failed attempt=%d detail=%s", self._deaths, exc)
                 continue
             log.warning("executor restarted pid=%s environment=%s", self.link.pid, environment.digest[:12])
             return environment

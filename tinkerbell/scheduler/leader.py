@@ -3,13 +3,13 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import TypeVar
 
 import msgspec
 
 from tinkerbell.config import Settings
-from tinkerbell.errors import Corrupt, ExecutorDied, Fenced, ServerError, TinkerbellError
+from tinkerbell.errors import UNREADABLE, ExecutorDied, TinkerbellError, Unavailable
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.leases import Lease
@@ -27,13 +27,15 @@ from tinkerbell.scheduler.eviction import Eviction
 from tinkerbell.scheduler.fair_share import FairShare
 from tinkerbell.scheduler.gathering import Gathering
 from tinkerbell.scheduler.host import ExecutorHost, wait_for
+from tinkerbell.scheduler.intake import Intake
 from tinkerbell.scheduler.journal import Journal
 from tinkerbell.scheduler.pending import BODY_KINDS, Pending, PendingRequest, Reason
 from tinkerbell.scheduler.recovery import Recovery
 from tinkerbell.scheduler.residency import Residency
 from tinkerbell.scheduler.restorer import Restorer
+from tinkerbell.scheduler.setbacks import TRY_AGAIN, Setbacks, why
 from tinkerbell.scheduler.settlement import Answer, Settlement
-from tinkerbell.scheduler.startup import Backlog, read_backlog
+from tinkerbell.scheduler.startup import read_backlog
 from tinkerbell.scheduler.units import planned, units_of
 
 T = TypeVar("T")
@@ -44,7 +46,7 @@ LOOK_S = 1.0
 """How often an idle leader looks whether its executor lives; requests wake it at once."""
 
 MOST_DEATHS = 3
-"""Executor deaths after which a request, or an adapter's restore, is given up."""
+"""Executor deaths, or batches that failed unexpectedly, after which a request or an adapter's restore is given up."""
 
 CANCELLED = Reason("user", "cancelled", "The caller cancelled this sample.")
 
@@ -53,8 +55,15 @@ class Leader:
     """The scheduler while it holds the lease. Belongs to one event loop; expects a started host."""
 
     def __init__(
-        self, store: EventStore, settings: Settings, host: ExecutorHost, lease: Lease, cost: CostModel
+        self,
+        store: EventStore,
+        settings: Settings,
+        host: ExecutorHost,
+        lease: Lease,
+        cost: CostModel,
+        blamed: Mapping[int, int] | None = None,
     ) -> None:
+        """`blamed`: position of a request -> leaderships that ended over it, or over it among others."""
         self._store = store
         self._host = host
         self._lease = lease
@@ -73,6 +82,11 @@ class Leader:
         self._control = Control(recovery, self._residency)
         self._commits = Commits(store, on_failure=self._wake.set)
         self._journal = Journal(self._commits, lease)
+        self._intake = Intake(
+            *(self._pending, self._shares, self._gathering, self._bodies),
+            *(lease, self._commits, self._wake.set, blamed or {}),
+        )
+        self._setbacks = Setbacks(self._pending, self._journal, self._bodies, self._wake.set)
         every = (settings.checkpoint_every_steps, settings.checkpoint_every_s, settings.max_saving_bytes)
         self._checkpoints = Checkpoints(self._journal, self._residency, *every, on_end=self._wake.set)
         self._eviction = Eviction(
@@ -81,16 +95,18 @@ class Leader:
         self._settlement = Settlement(cost, self._shares, self._residency)
         self._chores = chores_of(store, lease, settings)
         self._num_batches = 0
+        self._in_hand: list[PendingRequest] = []
+        """What is being done now."""
 
     async def run(self) -> None:
         """Lead until `stop`. Raises what ended the leadership otherwise, Fenced before all."""
         loop = asyncio.get_running_loop()
 
         def hand_over(events: Sequence[Recorded]) -> None:
-            loop.call_soon_threadsafe(self._absorb, events)
+            loop.call_soon_threadsafe(self._intake.absorb, events)
 
         # Nothing keeps the backlog: it may be large, and a leadership long.
-        head = self._take_over(await asyncio.to_thread(read_backlog, self._store))
+        head = self._intake.take_over(await asyncio.to_thread(read_backlog, self._store))
         unsubscribe = self._store.subscribe(hand_over, after=head)
         chores = [asyncio.create_task(chore.run()) for chore in self._chores]
         try:
@@ -126,59 +142,15 @@ class Leader:
         await self._checkpoints.write_all(self._host.link, deadline)
         await self._commits.settle()
 
-    # ---- what was asked ----
+    @property
+    def blamed(self) -> list[int]:
+        """Positions of the requests that it ended over: those whose results the log refused, or else those in hand."""
+        return self._commits.refused or [request.position for request in self._in_hand]
 
-    def _take_over(self, backlog: Backlog) -> int:
-        """The position up to which it is known what waits."""
-        self._pending = Pending(after=backlog.head)
-        for tenant, weight in backlog.weights.items():
-            self._shares.set_weight(tenant, weight)
-        for recorded in backlog.requests:
-            self._measure(self._pending.add(recorded), recorded)
-        for (tenant, adapter), reason in backlog.ended.items():
-            self._pending.end(tenant, adapter, reason)
-        for request in self._pending:
-            request.cost_us, request.batch = backlog.ran.get(request.position, (0, None))
-        for position in backlog.cancelled:
-            self._pending.cancel(position)
-        log.info("leading epoch=%d position=%d pending=%d", self._lease.epoch, backlog.head, len(self._pending))
-        return backlog.head
-
-    def _absorb(self, events: Sequence[Recorded]) -> None:
-        try:
-            self._take_in(events)
-        except Exception as exc:  # noqa: BLE001 - a request that is not taken in would wait for ever
-            self._commits.fail(exc)
-
-    def _take_in(self, events: Sequence[Recorded]) -> None:
-        for recorded in events:
-            event = recorded.event
-            if isinstance(event, kinds.LeaseGranted) and self._is_replaced_by(event):
-                # What follows is another leader's work. It may answer what runs here now, and must not take it out of
-                # the queues under it.
-                self.lose(Fenced(f"{event.holder} leads by now; its epoch is {event.epoch}"))
-            if self._commits.failed:
-                return
-            if isinstance(event, kinds.TenantConfigured):
-                self._shares.set_weight(recorded.tenant, event.weight)
-            request = self._pending.absorb(recorded)
-            if isinstance(event, kinds.SampleCancelled):
-                self._wake.set()
-            if request is not None:
-                self._measure(request, recorded)
-                if request.adapter is not None:
-                    self._gathering.sent(request.adapter, time.monotonic())
-                self._wake.set()
-
-    def _is_replaced_by(self, granted: kinds.LeaseGranted) -> bool:
-        return granted.resource == self._lease.resource and granted.epoch > self._lease.epoch
-
-    def _measure(self, request: PendingRequest, recorded: Recorded) -> None:
-        try:
-            self._bodies.take_inline(request, recorded)
-        except Corrupt as exc:
-            # Left unmeasured: it fails when its turn comes, in order.
-            log.error("body unreadable request=%d detail=%s", recorded.position, exc)
+    @property
+    def num_batches(self) -> int:
+        """Batches begun."""
+        return self._num_batches
 
     # ---- what is done next ----
 
@@ -199,34 +171,42 @@ class Leader:
             return True
         orphans = self._pending.orphans()
         for tenant, adapter, reason in orphans:
-            self._fail(self._pending.drop(tenant, adapter), reason)
+            self._setbacks.fail(self._pending.drop(tenant, adapter), reason)
         # Before anything is planned: a cancelled sample takes nobody's turn and needs no adapter.
         cancelled = self._pending.take_cancelled()
         for request in cancelled:
-            self._fail([request], CANCELLED, request.batch)
+            self._setbacks.fail([request], CANCELLED, request.batch)
         match batching.plan(self._pending, self._shares, self._price, self._limits, self._residency):
             case None:
                 return await self._write_checkpoints() or bool(orphans or cancelled)
             case Measure(request):
+                self._in_hand = [request]
                 await self._read_body(request)
             case Restore(request):
+                self._in_hand = [request]
                 await self._restore(request)
             case Plan() as plan if self._checkpoints.delay(plan.requests[0]):
                 self._settlement.refund(plan)
-                self._hold_back(plan.requests, asyncio.create_task(self._commits.one_less_apart()))
+                self._setbacks.hold_back(plan.requests, asyncio.create_task(self._commits.one_less_apart()))
             case Plan() as plan:
+                self._in_hand = plan.requests
                 await self._execute(plan)
+        self._in_hand = []
         return True
 
     def _price(self, request: PendingRequest, chunk: int) -> int:
         return self._cost.estimate_us(features(request, chunk, self._residency.num_parameters(request.adapter)))
 
     async def _read_body(self, request: PendingRequest) -> None:
+        if request.verdict is not None:
+            self._setbacks.give_up(request, request.verdict, request.batch)
+            return
         try:
             await self._bodies.get(request)
-        except Corrupt as exc:
-            self._pending.finish(request)
-            self._fail([request], Reason("server", exc.slug, exc.detail))
+        except Exception as exc:  # noqa: BLE001 - it is this request's own
+            self._setbacks.read(request, exc)
+        else:
+            self._setbacks.went_on(request)
 
     async def _restore(self, request: PendingRequest) -> None:
         tenant, adapter = request.tenant, request.adapter
@@ -237,17 +217,22 @@ class Leader:
         except ExecutorDied as exc:
             log.warning("executor died restoring adapter=%s detail=%s", adapter, exc)
             await self._revive()
-            return
-        if reason is not None:
-            self._fail(self._pending.drop(tenant, adapter), reason)
+        except TRY_AGAIN as exc:
+            self._commits.check()
+            self._setbacks.postpone(request, exc)
+        else:
+            self._setbacks.went_on(request)
+            if reason is not None:
+                self._setbacks.fail(self._pending.drop(tenant, adapter), reason)
 
     async def _execute(self, plan: Plan) -> None:
         """Run one batch and write what came of it."""
         self._num_batches += 1
         batch = f"{self._lease.epoch}.{self._num_batches}"
+        costs = [request.cost_us for request in plan.requests]
         try:
             units = await units_of(plan, self._bodies) if plan.lane != "control" else []
-        except Corrupt:
+        except (*UNREADABLE, *TRY_AGAIN):
             self._withdraw(plan)
             return
         assert self._host.environment is not None
@@ -273,10 +258,15 @@ class Leader:
         except asyncio.CancelledError:
             self._journal.say(kinds.BatchLost(batch=batch, reason="the server stopped in the middle of it"))
             raise
-        except ServerError as exc:
-            # Also when it lives: nobody knows what a batch that raised did to the adapters.
+        except Exception as exc:  # noqa: BLE001 - it ends the batch, and in the end the request that brought it about
             self._commits.check()
-            await self._lose_batch(plan, batch, exc)
+            for request, cost_us in zip(plan.requests, costs, strict=True):
+                request.cost_us = cost_us
+            if plan.lane == "control" and isinstance(exc, Unavailable):
+                self._put_off(plan, batch, exc)
+            else:
+                # Also when it lives: nobody knows what a batch that raised did to the adapters.
+                await self._lose_batch(plan, batch, exc)
             return
         self._host.worked()
         for answer in answers:
@@ -284,7 +274,7 @@ class Leader:
             self._bodies.forget(answer.request)
         ran = kinds.BatchRan(batch=batch, busy_us=busy_us, charges=charges)
         if (writing := self._journal.ran(ran, answers)) is not None:
-            self._hold_back([answer.request for answer in answers], writing)
+            self._setbacks.hold_back([answer.request for answer in answers], writing)
         log.debug(
             "batch ran batch=%s lane=%s units=%d answers=%d busy_us=%d estimated_us=%d",
             *(batch, plan.lane, len(plan.works), len(answers), busy_us, plan.estimated_us),
@@ -318,42 +308,53 @@ class Leader:
             await self._commits.settle()
         done = await self._call(self._control.run(self._host.link, request))
         charges = self._settlement.charge(plan, [None], done.busy_us)
-        self._note(request, done.error)
-        if done.event is None:
+        if done.event is not None:
+            completed = msgspec.structs.replace(done.event, batch=batch, cost_us=request.cost_us)
+            answer = self._settlement.recordable(Answer(request, completed, blobs=done.blobs), batch)
+        else:
             assert done.error is not None
             failure = results.failed(request, done.error.category, done.error.slug, done.error.detail, batch)
-            return [Answer(request, failure)], charges, done.busy_us
-        completed = msgspec.structs.replace(done.event, batch=batch, cost_us=request.cost_us)
-        return [Answer(request, completed, blobs=done.blobs)], charges, done.busy_us
+            answer = Answer(request, failure)
+        self._note(request, answer.event)
+        return [answer], charges, done.busy_us
 
-    def _note(self, request: PendingRequest, error: TinkerbellError | None) -> None:
+    def _note(self, request: PendingRequest, event: kinds.AnyResult) -> None:
         """Which adapters can be used after a control request."""
         assert request.adapter is not None
-        if request.kind == "add_lora" and error is not None:
-            reason = Reason(error.category, "adapter-failed", f"add_lora failed: {error.detail}")
-            self._pending.end(request.tenant, request.adapter, reason)
-        elif request.kind == "remove_lora" and error is None:
-            reason = Reason("user", "not-found", f"adapter {request.adapter} was removed")
-            self._pending.end(request.tenant, request.adapter, reason)
-            self._gathering.forget(request.adapter)
-        elif request.kind == "load" and error is None:
-            self._restorer.replaced(request.adapter)
+        match event:
+            case kinds.AddLoraFailed():
+                self._setbacks.never_made(request, Reason(event.category, event.code, event.message))
+            case kinds.RemoveLoraCompleted():
+                reason = Reason("user", "not-found", f"adapter {request.adapter} was removed")
+                self._pending.end(request.tenant, request.adapter, reason)
+                self._gathering.forget(request.adapter)
+            case kinds.LoadCompleted():
+                self._restorer.replaced(request.adapter)
+            case _:
+                pass
 
-    async def _lose_batch(self, plan: Plan, batch: str, exc: ServerError) -> None:
-        """The executor died in it: everything in it runs again, one request at a time, until the cause shows."""
-        positions = [request.position for request in plan.requests]
-        log.warning("batch lost batch=%s requests=%s detail=%s", batch, positions, exc)
+    def _put_off(self, plan: Plan, batch: str, exc: Unavailable) -> None:
+        """What a control request needs cannot be read now: nothing has happened, and it is tried again."""
         self._settlement.refund(plan)
         self._journal.say(kinds.BatchLost(batch=batch, reason=exc.detail))
+        self._setbacks.postpone(plan.requests[0], exc)
+
+    async def _lose_batch(self, plan: Plan, batch: str, exc: Exception) -> None:
+        """The executor died in it, or nobody knows what happened: everything in it runs again, one request at a time,
+        until the cause shows."""
+        reason = exc.detail if isinstance(exc, TinkerbellError) else why(exc).message
+        positions = [request.position for request in plan.requests]
+        log.warning("batch lost batch=%s requests=%s detail=%s", batch, positions, reason)
+        self._settlement.refund(plan)
+        self._journal.say(kinds.BatchLost(batch=batch, reason=reason))
+        died = isinstance(exc, ExecutorDied)
         for request in plan.requests:
             request.deaths += 1
             if request.deaths >= MOST_DEATHS:
-                self._pending.finish(request)
-                message = f"the executor died {request.deaths} times while it ran this request"
+                what = "the executor died" if died else f"a batch failed ({reason})"
+                message = f"{what} {request.deaths} times while it ran this request"
                 log.error("poison request=%d tenant=%s detail=%s", request.position, request.tenant, message)
-                self._fail([request], Reason("server", "poison", message), batch)
-                if request.lane == "control":
-                    self._note(request, ExecutorDied(message))
+                self._setbacks.give_up(request, Reason("server", "poison", message), batch)
         await self._revive()
 
     async def _revive(self) -> None:
@@ -370,25 +371,6 @@ class Leader:
         for request in plan.requests:
             if request.kind in BODY_KINDS:
                 request.chunks.clear()
-
-    def _fail(self, requests: Sequence[PendingRequest], reason: Reason, batch: str | None = None) -> None:
-        """Answer requests that were taken from their queues already."""
-        self._journal.fail(requests, reason, batch)
-        for request in requests:
-            self._bodies.forget(request)
-
-    def _hold_back(self, requests: Iterable[PendingRequest], until: "asyncio.Task[None]") -> None:
-        """The adapters' later results may not overtake those being written."""
-        held = {(request.tenant, request.adapter) for request in requests if request.adapter is not None}
-        for tenant, adapter in held:
-            self._pending.block(tenant, adapter)
-
-        def go_on(_task: object) -> None:
-            for tenant, adapter in held:
-                self._pending.unblock(tenant, adapter)
-            self._wake.set()
-
-        until.add_done_callback(go_on)
 
     def _record_environment(self) -> None:
         assert self._host.environment is not None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tinkerbell.events import kinds
-from tinkerbell.events.kinds import AnyRequest, Recorded
+from tinkerbell.events.kinds import Recorded
 from tinkerbell.executors.port import ForwardBackwardDone, SampleDone
 from tinkerbell.types import AdapterId, Category, TenantId
 
@@ -55,7 +55,7 @@ class PendingRequest:
     adapter: AdapterId | None
     """None: the base model."""
     seq: int | None
-    event: AnyRequest
+    event: kinds.AnyRead
     kind: str
     lane: Lane
     lengths: tuple[int, ...] | None = None
@@ -71,6 +71,8 @@ class PendingRequest:
     """Batches of it in which the executor died."""
     batch: str | None = None
     """Id of the batch that ran a part of it last."""
+    verdict: Reason | None = None
+    """Why it fails when its turn comes, without being run."""
 
     @property
     def measured(self) -> bool:
@@ -125,10 +127,10 @@ class Pending:
 
     def __init__(self, after: int = 0) -> None:
         """Events up to position `after` are known already and ignored by `absorb`."""
-        self._after = after
+        self.after = after
         self._requests: dict[int, PendingRequest] = {}
         self._tenants: dict[TenantId, dict[str, Queue]] = {}
-        self._blocked: set[AdapterId] = set()
+        self._blocked: set[tuple[TenantId, AdapterId | None]] = set()
         self._ended: dict[AdapterId, Reason] = {}
         self._orphans: dict[AdapterId, tuple[TenantId, Reason]] = {}
         """Ended adapters with pending requests. They keep their reason: the log may know of the end before the
@@ -162,12 +164,12 @@ class Pending:
 
     def absorb(self, recorded: Recorded) -> PendingRequest | None:
         """Take in the next event of the log; the request it added, if it added one."""
-        if recorded.position <= self._after:
+        if recorded.position <= self.after:
             return None
         event = recorded.event
-        if isinstance(event, kinds.Request):
+        if kinds.is_request(event):
             return self.add(recorded)
-        if isinstance(event, kinds.Result):
+        if kinds.is_result(event):
             if isinstance(event, kinds.RemoveLoraCompleted | kinds.AddLoraFailed) and recorded.adapter:
                 # The log refuses requests to an ended adapter, so none can follow this event.
                 self._ended.pop(recorded.adapter, None)
@@ -181,7 +183,7 @@ class Pending:
     def add(self, recorded: Recorded) -> PendingRequest:
         """Put a request at the end of its queue."""
         event = recorded.event
-        assert isinstance(event, kinds.Request)
+        assert kinds.is_request(event)
         kind = kinds.kind_of(event)
         request = PendingRequest(
             position=recorded.position,
@@ -190,15 +192,17 @@ class Pending:
             seq=recorded.seq,
             event=event,
             kind=kind,
-            lane=LANES[kind],
+            lane=LANES.get(kind, "control"),
         )
+        if isinstance(event, kinds.Unreadable):
+            request.verdict = Reason("server", "corrupt", f"request {request.position} cannot be read: {event.why}")
         if kind not in BODY_KINDS:
             request.chunks = [(0, 0)]
         queues = self._tenants.setdefault(request.tenant, {})
         queue = queues.get(request.adapter or "")
         if queue is None:
             queue = queues[request.adapter or ""] = Queue(request.tenant, request.adapter)
-            queue.blocked = request.adapter in self._blocked
+            queue.blocked = (request.tenant, request.adapter) in self._blocked
         assert not queue.requests or queue.requests[-1].position < request.position
         queue.requests.append(request)
         self._requests[request.position] = request
@@ -219,16 +223,17 @@ class Pending:
         assert queue.requests[0] is request, f"request {request.position} would overtake {queue.requests[0].position}"
         self._remove(request)
 
-    def block(self, tenant: TenantId, adapter: AdapterId) -> None:
-        """A result of the adapter is still being written, and later ones may not overtake it."""
-        self._blocked.add(adapter)
+    def block(self, tenant: TenantId, adapter: AdapterId | None) -> None:
+        """Nothing of the queue may run: a result of it is still being written and later ones may not overtake it, or
+        what it needs cannot be read now."""
+        self._blocked.add((tenant, adapter))
         queue = self.queue(tenant, adapter)
         if queue:
             queue.blocked = True
 
-    def unblock(self, tenant: TenantId, adapter: AdapterId) -> None:
-        """It is written."""
-        self._blocked.discard(adapter)
+    def unblock(self, tenant: TenantId, adapter: AdapterId | None) -> None:
+        """It goes on."""
+        self._blocked.discard((tenant, adapter))
         queue = self.queue(tenant, adapter)
         if queue:
             queue.blocked = False

@@ -3,7 +3,7 @@ step compared with what the log says it came to: bit for bit where both environm
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tinkerbell.errors import Corrupt, ExecutorDied, NotFound, ServerError, TinkerbellError, Unavailable
@@ -85,7 +85,7 @@ def last_marks(events: Sequence[Recorded]) -> Marks | None:
     return Marks(origin, max(boundaries)) if boundaries else None
 
 
-def _is_origin(event: kinds.AnyEvent) -> bool:
+def _is_origin(event: kinds.Event) -> bool:
     return isinstance(event, ORIGINS) and not (isinstance(event, kinds.SaveCompleted) and event.use != "state")
 
 
@@ -102,6 +102,7 @@ def find_marks(store: EventStore, adapter: AdapterId) -> Marks:
     while page := store.read_back(
         before=events[0].position if events else None, limit=_PAGE_BACK, adapter=adapter, types=_MARKS
     ):
+        _require_readable(page)
         events = page[::-1] + events
         marks = last_marks(events)
         # An event comes after the request it is about: none before the boundary can be newer than these.
@@ -111,6 +112,13 @@ def find_marks(store: EventStore, adapter: AdapterId) -> Marks:
     if marks is None:
         raise StateLost("the adapter was never made")
     return marks
+
+
+def _require_readable(events: Iterable[Recorded]) -> None:
+    """Raise StateLost for what cannot be read: it may say what the adapter came to."""
+    for recorded in events:
+        if isinstance(recorded.event, kinds.Unreadable):
+            raise StateLost(f"event {recorded.position} of the adapter cannot be read: {recorded.event.why}")
 
 
 class Recovery:
@@ -188,8 +196,8 @@ class Recovery:
     async def lora(self, adapter: AdapterId) -> LoraConfig:
         """Shape of an adapter, as it was asked for."""
         made = await asyncio.to_thread(self._store.read, 0, limit=1, adapter=adapter, types=["add_lora.requested"])
-        event = made[0].event
-        assert isinstance(event, kinds.AddLoraRequested)
+        if not made or not isinstance(event := made[0].event, kinds.AddLoraRequested):
+            raise Corrupt(f"the log does not say what shape the adapter {adapter} has")
         return event.lora
 
     async def _execute(self, link: ExecutorLink, resident: Resident, tail: list[Committed]) -> None:
@@ -251,7 +259,7 @@ class Recovery:
             f"the log does not say in which environment the request at position {committed.request.position} ran"
         )
 
-    def _system(self, after: int, kind: str) -> Iterator[kinds.AnyEvent]:
+    def _system(self, after: int, kind: str) -> Iterator[kinds.AnyRead]:
         while page := self._store.read(after, limit=_PAGE, tenant=SYSTEM_TENANT, types=[kind]):
             yield from (each.event for each in page)
             after = page[-1].position
@@ -265,6 +273,7 @@ class Recovery:
     def _read(self, adapter: AdapterId, after: int, types: list[str]) -> list[Recorded]:
         events: list[Recorded] = []
         while page := self._store.read(after, limit=_PAGE, adapter=adapter, types=types):
+            _require_readable(each for each in page if kinds.is_result(each.event))
             events.extend(page)
             after = page[-1].position
         return events

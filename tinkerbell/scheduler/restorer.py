@@ -7,6 +7,7 @@ from tinkerbell.executors.link import ExecutorLink
 from tinkerbell.scheduler.pending import Reason
 from tinkerbell.scheduler.recovery import Recovery, StateLost
 from tinkerbell.scheduler.residency import Residency
+from tinkerbell.scheduler.setbacks import TRY_AGAIN, why
 from tinkerbell.types import AdapterId, TenantId
 
 log = logging.getLogger("tinkerbell.scheduler")
@@ -25,7 +26,7 @@ class Restorer:
     async def restore(self, link: ExecutorLink, tenant: TenantId, adapter: AdapterId) -> Reason | None:
         """Put the adapter into the executor, or say why it cannot be: then it is lost until `replaced`.
 
-        Raises ExecutorDied.
+        Raises ExecutorDied, and what says nothing of the adapter (TRY_AGAIN).
         """
         deaths = self._deaths.get(adapter, 0)
         if deaths >= self._most_deaths:
@@ -37,13 +38,16 @@ class Restorer:
         except ExecutorDied:
             self._deaths[adapter] = deaths + 1
             raise
+        except TRY_AGAIN:
+            raise
         except OtherBaseModel as exc:
             # Not lost: the model it belongs to may be served again at any start.
             log.warning("adapter of another base model adapter=%s detail=%s", adapter, exc.detail)
             return Reason(exc.category, exc.slug, exc.detail)
-        except StateLost as exc:
-            reason = self._lost[adapter] = _lost(adapter, exc.detail)
-            log.error("adapter lost adapter=%s detail=%s", adapter, exc.detail)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, it is this adapter's and nobody else's
+            detail = exc.detail if isinstance(exc, StateLost) else why(exc).message
+            reason = self._lost[adapter] = _lost(adapter, detail)
+            log.error("adapter lost adapter=%s detail=%s", adapter, reason.message)
             return reason
         self._residency.put(resident)
         self._deaths.pop(adapter, None)

@@ -8,7 +8,7 @@ import msgspec
 
 from tinkerbell.errors import ServerError
 from tinkerbell.events import kinds
-from tinkerbell.events.kinds import FAILED, AnyResult, Body, LogprobsBody, OutputsBody, SamplesBody, kind_of
+from tinkerbell.events.kinds import FAILED, AnyResult, Body, LogprobsBody, OutputsBody, SamplesBody
 from tinkerbell.executors.port import ForwardBackwardDone, OptimStepDone, SampleDone, UnitResult
 from tinkerbell.scheduler.pending import PendingRequest
 from tinkerbell.types import Category, DatumOutputs
@@ -114,6 +114,6 @@ def sample_done(request: PendingRequest, batch: str, step: int) -> tuple[AnyResu
 
 def failed(request: PendingRequest, category: Category, code: str, message: str, batch: str | None) -> AnyResult:
     """The failure of a request of any kind."""
-    return FAILED[kind_of(request.event)](
+    return FAILED.get(request.kind, kinds.RequestFailed)(
         batch=batch, cost_us=request.cost_us, category=category, code=code, message=message
     )

@@ -5,33 +5,32 @@ import contextlib
 import logging
 import threading
 
-import sqlalchemy.exc
-
 from tinkerbell.config import Settings
-from tinkerbell.errors import AlreadyAnswered, ExecutorDied, Fenced, NotFound, ServerError, Unavailable
+from tinkerbell.errors import AlreadyAnswered, ExecutorDied, Fenced, NotFound
 from tinkerbell.events.holders import name_this_process
 from tinkerbell.events.leases import Lease
 from tinkerbell.events.store import EventStore
 from tinkerbell.scheduler.cost import CostModel
 from tinkerbell.scheduler.host import ExecutorHost, wait_for
 from tinkerbell.scheduler.leader import Leader
+from tinkerbell.scheduler.setbacks import TRY_AGAIN
 
 log = logging.getLogger("tinkerbell.scheduler")
 
 RESOURCE = "scheduler"
 """The lease of the one leader."""
 
-DATABASE_PAUSE_S = 1.0
-"""Between attempts while the database does not answer."""
-
-_database_errors = (Unavailable, sqlalchemy.exc.DBAPIError, OSError)
+PAUSE_S = 1.0
+"""Between attempts while the database does not answer, and after a leadership that failed; then longer each time."""
+LONGEST_PAUSE_S = 30.0
 
 
 class SchedulerService:
     """Runs the scheduler in a thread of its own. With several services on one database one leads, the others
     wait.
 
-    `failed` is set, and the thread ends, when something happened that trying again cannot mend.
+    `failed` is set, and the thread ends, when the executor cannot start. A leadership that fails is followed by the
+    next one.
     """
 
     def __init__(self, store: EventStore, settings: Settings) -> None:
@@ -46,6 +45,10 @@ class SchedulerService:
         self._leader: Leader | None = None
         self._stopping: asyncio.Event | None = None
         self._grace_s = 3.0
+        self._blamed: dict[int, int] = {}
+        """Position of a request -> leaderships that ended over it, alone or among others."""
+        self._failures = 0
+        """Leaderships in a row that failed before a batch ran."""
 
     @property
     def executor_pid(self) -> int | None:
@@ -129,9 +132,12 @@ class SchedulerService:
                 if not waiting:
                     log.info("waiting for the lease holder=%s", self._holder)
                 waiting = True
-            except _database_errors as exc:
+            except TRY_AGAIN as exc:
                 log.error("database does not answer detail=%s", exc)
-                pause_s = DATABASE_PAUSE_S
+                pause_s = PAUSE_S
+            except Exception:
+                log.exception("the lease could not be asked for")
+                pause_s = PAUSE_S
             await wait_for(self._stopping, pause_s)
         return None
 
@@ -140,7 +146,7 @@ class SchedulerService:
         assert self._stopping is not None and self._host is not None
         if not self._host.link.alive and await self._host.restart(self._stopping) is None:
             return
-        leader = self._leader = Leader(self._store, self._settings, self._host, lease, cost)
+        leader = self._leader = Leader(self._store, self._settings, self._host, lease, cost, self._blamed)
         if self._stopping.is_set():
             leader.stop()
         heartbeat = asyncio.create_task(self._renew(lease, leader))
@@ -162,21 +168,34 @@ class SchedulerService:
             log.warning("lease lost epoch=%d detail=%s", lease.epoch, exc)
         except ExecutorDied as exc:
             log.warning("no recovery points: the executor died detail=%s", exc)
-        except _database_errors as exc:
+        except TRY_AGAIN as exc:
             log.error("database does not answer detail=%s", exc)
-            await wait_for(self._stopping, DATABASE_PAUSE_S)
+            await wait_for(self._stopping, PAUSE_S)
         except (AlreadyAnswered, NotFound) as exc:
             # What this leader believed is not what the log says. The next one begins with the log.
             log.error("a result was refused epoch=%d detail=%s", lease.epoch, exc)
-            await wait_for(self._stopping, DATABASE_PAUSE_S)
+            await wait_for(self._stopping, PAUSE_S)
+        except Exception:
+            log.exception("leadership failed epoch=%d requests=%s", lease.epoch, leader.blamed)
+            await self._pause(leader)
         finally:
             self._leader = None
             leader.close()
             for task in (heartbeat, stopping):
                 task.cancel()
             await asyncio.gather(heartbeat, stopping, return_exceptions=True)
-            with contextlib.suppress(*_database_errors, ServerError):
+            try:
                 await asyncio.to_thread(self._store.release_lease, lease)
+            except Exception as exc:  # noqa: BLE001 - it runs out by itself
+                log.warning("lease not given back epoch=%d detail=%s", lease.epoch, exc)
+
+    async def _pause(self, leader: Leader) -> None:
+        """Remember what the leadership ended over, and wait before the next one."""
+        assert self._stopping is not None
+        # Of those before, whatever is answered by now is known no more.
+        self._blamed = {position: self._blamed.get(position, 0) + 1 for position in leader.blamed}
+        self._failures = 0 if leader.num_batches > 1 else self._failures + 1
+        await wait_for(self._stopping, min(PAUSE_S * 2 ** min(self._failures, 10), LONGEST_PAUSE_S))
 
     async def _renew(self, lease: Lease, leader: Leader) -> None:
         """Keep the lease; tell the leader when that fails for as long as the lease is good."""

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tinkerbell.errors import InvalidRequest
+from tinkerbell.events import codec
 from tinkerbell.events.kinds import AnyResult, Body
 from tinkerbell.executors.port import (
     ForwardBackwardDone,
@@ -17,6 +19,7 @@ from tinkerbell.scheduler.cost import CostModel, features, split_us
 from tinkerbell.scheduler.fair_share import FairShare
 from tinkerbell.scheduler.pending import PendingRequest
 from tinkerbell.scheduler.residency import Residency
+from tinkerbell.types import AdapterId
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,8 @@ class Settlement:
         Chunks of requests that go on are kept with them; adapters that stepped are noted.
         """
         answers: dict[int, Answer] = {}
+        unrecorded: set[AdapterId] = set()
+        """Adapters with gradients of a request that failed after it had run."""
         for work, outcome in zip(plan.works, outcomes, strict=True):
             request = work.request
             request.batch = batch
@@ -72,13 +77,20 @@ class Settlement:
             if request.position in answers:
                 continue  # an earlier chunk of it failed
             match outcome:
+                case OptimStepDone() if request.adapter in unrecorded:
+                    # It stepped along a gradient that the log does not have: it runs again on the restored adapter.
+                    continue
                 case UnitFailed():
                     event = results.failed(request, outcome.category, outcome.code, outcome.message, batch)
                     answers[request.position] = Answer(request, event)
                 case ForwardBackwardDone():
                     request.outcomes.append(outcome)
                     if work.last:
-                        answers[request.position] = Answer(request, *results.forward_done(request, batch))
+                        made = Answer(request, *results.forward_done(request, batch))
+                        answer = answers[request.position] = self.recordable(made, batch)
+                        if answer is not made and request.kind == "forward_backward":
+                            assert request.adapter is not None
+                            unrecorded.add(request.adapter)
                 case OptimStepDone():
                     self._stepped(request, outcome)
                     answers[request.position] = Answer(request, results.optim_step_done(request, outcome, batch))
@@ -87,7 +99,22 @@ class Settlement:
                     if work.last:
                         step = self._residency.step(request.adapter)
                         answers[request.position] = Answer(request, *results.sample_done(request, batch, step))
+        for work in plan.works:
+            if work.request.adapter in unrecorded and work.request.position not in answers:
+                work.request.outcomes.clear()
+        for adapter in unrecorded:
+            self._residency.forget(adapter)
         return list(answers.values())
+
+    def recordable(self, answer: Answer, batch: str) -> Answer:
+        """The answer, or where the log could not give it back a failure that says why: each chunk's numbers may be
+        finite, and their sum not."""
+        try:
+            codec.encode_event(answer.event)
+        except InvalidRequest as exc:
+            message = f"the result cannot be recorded: {exc.detail}"
+            return Answer(answer.request, results.failed(answer.request, "user", "non-finite", message, batch))
+        return answer
 
     def _stepped(self, request: PendingRequest, done: OptimStepDone) -> None:
         assert request.adapter is not None and request.seq is not None

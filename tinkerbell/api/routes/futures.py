@@ -1,5 +1,6 @@
 """Futures: what became of a request; by long poll."""
 
+import logging
 from typing import Annotated
 
 from litestar import Router, get
@@ -12,10 +13,12 @@ from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context
 from tinkerbell.api.paging import MAX_POSITION, Limit
 from tinkerbell.api.problems import problems
-from tinkerbell.errors import Corrupt, NotFound
+from tinkerbell.errors import Corrupt, KeyUnavailable, NotFound
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.rows import FutureRow
 from tinkerbell.types import TenantId
+
+log = logging.getLogger("tinkerbell.api")
 
 _TAGS = ["futures"]
 
@@ -43,7 +46,11 @@ def _view(context: Context, row: FutureRow, result: Recorded | None) -> wire.Fut
         result = store.get(row.result_position)
     if result is None:
         raise Corrupt(f"future {row.id} is {row.state} and has no result")
-    return views.answered(row, result, store.body(result))
+    try:
+        return views.answered(row, result, store.body(result))
+    except (Corrupt, KeyUnavailable) as exc:
+        log.error("the answer of request %d cannot be read: %s", row.id, exc)
+        return views.unreadable(row, exc.detail)
 
 
 @get(

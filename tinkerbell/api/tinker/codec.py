@@ -22,6 +22,8 @@ MEDIA_TYPE = "application/x-protobuf"
 TARGETS = "target_tokens"
 
 _DTYPES = {pb.DTYPE_FLOAT32: "<f4", pb.DTYPE_INT64: "<i8", pb.DTYPE_INT32: "<i4"}
+_LOSS_AS = {"name": "loss_fn", "config": "loss_fn_config"}
+"""Field of LossSpec -> as it is called here."""
 NOTHING = -99999.0
 """Logprob of an empty cell."""
 
@@ -58,7 +60,7 @@ def loss_spec(request: pb.ForwardBackwardRequest) -> LossSpec:
         if value.WhichOneof("value") != "number":
             raise InvalidRequest(f"loss_fn_config: {name!r} must be a number.")
         config[name] = value.number
-    return LossSpec(name=request.loss_fn or "cross_entropy", config=config)
+    return validation.within("", LossSpec(name=request.loss_fn or "cross_entropy", config=config), _LOSS_AS)
 
 
 def data(

@@ -1,14 +1,17 @@
 """Rows and results of the log as the tinker protocol has them."""
 
+import logging
 from typing import Any
 
 from tinkerbell.api.tinker import codec, names
 from tinkerbell.api.views import rfc3339
-from tinkerbell.errors import Corrupt
+from tinkerbell.errors import Corrupt, KeyUnavailable
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.rows import CheckpointRow
 from tinkerbell.events.store import EventStore
+
+log = logging.getLogger("tinkerbell.api")
 
 
 def path_of(row: CheckpointRow) -> names.Path:
@@ -32,7 +35,18 @@ def checkpoint(row: CheckpointRow) -> dict[str, Any]:
 
 
 def answer(store: EventStore, request: Recorded, result: Recorded) -> bytes | dict[str, Any]:
-    """What became of a request: protobuf, or what is sent as JSON. Raises Corrupt."""
+    """What became of a request: protobuf, or what is sent as JSON; a failure where the log cannot give it back."""
+    try:
+        return _answer(store, request, result)
+    except (Corrupt, KeyUnavailable) as exc:
+        log.error("the answer of request %d cannot be read: %s", request.position, exc)
+        return {"error": f"The answer cannot be read: {exc.detail}", "category": "server"}
+
+
+def _answer(store: EventStore, request: Recorded, result: Recorded) -> bytes | dict[str, Any]:
+    for recorded in (result, request):
+        if isinstance(recorded.event, kinds.Unreadable) and not isinstance(result.event, kinds.Failed):
+            raise Corrupt(f"event {recorded.position}: {recorded.event.why}")
     match result.event:
         case kinds.Failed() as failed:
             return {"error": failed.message, "category": failed.category}

@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 
 from tinkerbell import wire
+from tinkerbell.api import validation
 from tinkerbell.api.tinker import messages as m
 from tinkerbell.errors import InvalidRequest
 from tinkerbell.types import MAX_TARGETS, ModelInfo, SamplingParams
@@ -17,6 +18,8 @@ NO_STABLE_REINFORCE = (
 )
 
 _SEED_BITS = (1 << 63) - 1
+_ASKED_AS = {"stop_tokens": "stop"}
+"""Field of SamplingParams -> as it is called here."""
 
 
 def request(body: m.Asample, model: ModelInfo) -> wire.Sample:
@@ -50,6 +53,7 @@ def request(body: m.Asample, model: ModelInfo) -> wire.Sample:
         prompt_top_logprobs=body.topk_prompt_logprobs,
         prompt_draws=body.prompt_alt_tokens_k,
     )
+    params = validation.within("sampling_params", params, _ASKED_AS)
     return wire.Sample(prompt=prompt, params=params, prompt_targets=_targets(body.target_prompt_logprobs, len(prompt)))
 
 
@@ -106,6 +110,7 @@ def _stop(stop: str | list[str | int] | None) -> tuple[tuple[str, ...], tuple[in
     if not stop:
         return (), ()
     texts = tuple(each for each in stop if isinstance(each, str))
-    if texts:
-        return texts, None
-    return (), tuple(each for each in stop if isinstance(each, int))
+    tokens = tuple(each for each in stop if isinstance(each, int))
+    if texts and tokens:
+        raise InvalidRequest("sampling_params.stop: give texts or tokens, not both.")
+    return (texts, None) if texts else ((), tokens)

@@ -85,7 +85,8 @@ def _end(row: SessionRow, ended: kinds.Recorded | None) -> dict[str, Any]:
     if ended is None:
         raise Corrupt(f"the session {row.id} has ended, and no event says how")
     event = ended.event
-    assert isinstance(event, kinds.SessionEnded)
+    if not isinstance(event, kinds.SessionEnded):
+        return {"type": "client_finished", "reason": {"type": "unknown"}, "detail": None}
     if event.reason == EXPIRED:
         return {"type": "cancelled", "detail": event.detail}
     return {"type": "client_finished", "reason": {"type": event.reason}, "detail": event.detail}

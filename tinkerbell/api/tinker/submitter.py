@@ -38,7 +38,7 @@ class TinkerSubmitter(CheckpointSubmitting, SessionSubmitting):
             targets = tuple(target for target, trained in wanted if trained)
             if not targets:
                 raise InvalidRequest("lora_config: train at least one of attn, mlp and unembed.")
-            lora = LoraConfig(rank=shape.rank, alpha=ALPHA, targets=targets)
+            lora = validation.within("lora_config", LoraConfig(rank=shape.rank, alpha=ALPHA, targets=targets))
             validation.lora(lora, model)
             seed = seed_of(model_id) if shape.seed is None else shape.seed & SEED_BITS
             event = kinds.AddLoraRequested(
@@ -81,16 +81,15 @@ class TinkerSubmitter(CheckpointSubmitting, SessionSubmitting):
             named = (body.optimizer_params or {}).get("type", "none")
             raise InvalidRequest(f"optim_step: adam_params are needed; the optimizer {named!r} is not served.")
         adam = body.adam_params
-        event = kinds.OptimStepRequested(
-            adam=AdamParams(
-                learning_rate=adam.learning_rate,
-                beta1=adam.beta1,
-                beta2=adam.beta2,
-                eps=adam.eps,
-                weight_decay=adam.weight_decay,
-                grad_clip_norm=adam.grad_clip_norm,
-            )
+        params = AdamParams(
+            learning_rate=adam.learning_rate,
+            beta1=adam.beta1,
+            beta2=adam.beta2,
+            eps=adam.eps,
+            weight_decay=adam.weight_decay,
+            grad_clip_norm=adam.grad_clip_norm,
         )
+        event = kinds.OptimStepRequested(adam=validation.within("adam_params", params))
         return await self._for_model("optim_step", body.model_id, lambda _: Draft(event=event))
 
     async def create_sampler(self, body: m.CreateSamplingSession) -> SamplerId:

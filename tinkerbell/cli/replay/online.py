@@ -99,7 +99,7 @@ def fork_on_server(
 
 
 def _begin(
-    client: Client, history: History, origin: kinds.AnyEvent, made_by: int | None, name: str | None
+    client: Client, history: History, origin: kinds.AnyRead, made_by: int | None, name: str | None
 ) -> tuple[Adapter, str | None]:
     """(the new adapter, the checkpoint it is made from)."""
     if isinstance(origin, kinds.SaveCompleted):

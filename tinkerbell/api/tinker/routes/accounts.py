@@ -3,7 +3,6 @@
 from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any, Literal
 
-import msgspec
 from litestar import Router, delete, get
 from litestar.di import NamedDependency
 from litestar.params import FromQuery, QueryParameter
@@ -162,8 +161,8 @@ def _entries(store: EventStore, tenant: str, types: tuple[str, ...], begin: date
 def _entry(recorded: kinds.Recorded) -> dict[str, Any]:
     said = {
         name: value
-        for name, value in msgspec.to_builtins(recorded.event).items()
-        if name not in _SECRET and name != "type" and value not in (None, {}, [])
+        for name, value in kinds.facts_of(recorded.event).items()
+        if name not in _SECRET and value not in (None, {}, [])
     }
     event = recorded.event
     path = None
