@@ -30,6 +30,20 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Of the arrays one forward may ask for in `outputs`; logits take 4 bytes for each token and vocabulary entry. And
     of the logprobs of a request with several targets for each token."""
     max_body_bytes: Count = 48 * 1024 * 1024
+    """Of a request with data, decompressed; of others 64 KiB."""
+    max_body_elements: Count = 12_000_000
+    """Numbers and texts in one JSON body, a list or an object counted for ten; counted before it is read."""
+    max_upload_bytes: Count = 192 * 1024 * 1024
+    """Of bodies of one tenant that are being received, decoded and written into the log; those up to 64 KiB are not
+    counted."""
+    max_upload_bytes_in_all: Count = 512 * 1024 * 1024
+    """The same of all tenants; 503 beyond."""
+    max_requests_per_key: Count = 2048
+    """HTTP requests with one API key that are under way at a time, those that wait for an answer included."""
+    max_polls: Count = 2048
+    """HTTP requests of one tenant that wait for an answer at a time."""
+    max_streams: Count = 256
+    """Event streams of one tenant at a time."""
     max_waiting_reads: Count = 256
     """Reads of one tenant that wait for a thread; long polls and streams that wait for the log are none."""
 
@@ -51,6 +65,14 @@ class Http(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """A body that comes, or an answer that is taken, may stand still for so long,"""
     min_bytes_per_s: Annotated[float, Meta(gt=0)] = 16384.0
     """and must move at this rate on the average."""
+    public_url: Annotated[str, Meta(pattern=r"^https?://[^\s/?#]+(/[^\s?#]*)?$")] | None = None
+    """How clients reach the server, for addresses that it gives them: https://tinkerbell.example. None: as the request
+    came, which a proxy may have changed."""
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses and networks whose X-Forwarded-For and X-Forwarded-Proto are believed. They have no share of
+    connections of their own, since everybody's come from them. In the environment separated by commas."""
+    download_valid_s: Annotated[float, Meta(gt=0, le=86400)] = 600.0
+    """How long the address of a download opens it, unless the key is revoked that it was given to."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -183,6 +205,8 @@ def load_settings(path: Path | None = None, **overrides: Any) -> Settings:
     for name, section in SECTIONS.items():
         if isinstance(given := values.get(name, {}), dict):
             values[name] = given | _from_environment(section, f"TINKERBELL_{name.upper()}_")
+    if isinstance(http := values.get("http"), dict) and isinstance(proxies := http.get("trusted_proxies"), str):
+        values["http"] = http | {"trusted_proxies": [each.strip() for each in proxies.split(",") if each.strip()]}
     if isinstance(pairs := values.get("executor_options"), str):
         values["executor_options"] = dict(map(name_and_value, filter(None, pairs.split(","))))
     values.update({key: value for key, value in overrides.items() if value is not None})

@@ -30,9 +30,28 @@
 A class's docstring is the title a caller reads.
 """
 
+import re
 from typing import Any, ClassVar
 
 from tinkerbell.types import Category
+
+SHOWN_CHARACTERS = 100
+MESSAGE_CHARACTERS = 2000
+
+
+def shown(value: object) -> str:
+    """What a caller sent, as a message quotes it: the beginning is enough to recognise it."""
+    whole = value[: SHOWN_CHARACTERS + 1] if isinstance(value, str | bytes | list | tuple) else value
+    text = repr(whole)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+
+
+_RUN = re.compile(rf"(\S{{{SHOWN_CHARACTERS}}})\S+")
+
+
+def brief(text: str) -> str:
+    """A message of a library, which may quote what a caller sent."""
+    return _RUN.sub(r"\1...", text[:MESSAGE_CHARACTERS])
 
 
 class TinkerbellError(Exception):

@@ -155,7 +155,8 @@ def test_settings_beside_a_checkpoint(api: ApiDriver, adapter: str) -> None:
     refused = api.post("/v1/adapters", json={"checkpoint": checkpoint, "lora": {"rank": 4}})
     assert "lora: leave it out" in problem(refused, 400, "invalid-request")["detail"]
     problem(api.post("/v1/adapters", json={"checkpoint": f"ck_{'a' * 20}"}), 404, "not-found")
-    problem(api.post("/v1/adapters", json={"checkpoint": "\x00"}), 404, "not-found")
+    nul = problem(api.post("/v1/adapters", json={"checkpoint": "\x00"}), 400, "invalid-request")
+    assert "NUL" in nul["detail"]
 
 
 @pytest.mark.parametrize(

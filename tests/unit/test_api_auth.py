@@ -149,3 +149,15 @@ def test_the_hash_of_a_key_never_leaves(api: ApiDriver) -> None:
     view = views.log_event(created)
     assert created.event.key_hash not in msgspec.json.encode(view).decode()
     assert view.data["key_id"] == created.event.key_id
+
+
+@pytest.mark.parametrize("header", auth.FORWARDED)
+def test_without_keys_nobody_is_served_through_a_proxy(
+    settings: Settings, sqlite_store: EventStore, header: str
+) -> None:
+    with ApiDriver(settings, sqlite_store) as api:
+        refused = problem(api.get("/v1/usage", headers={header: "203.0.113.7"}), 403, "forbidden")
+        assert "came through a proxy; make a key" in refused["detail"]
+        assert api.get("/healthz", headers={header: "203.0.113.7"}).status_code == 200
+    with ApiDriver(msgspec.structs.replace(settings, auth="keys"), sqlite_store) as api:
+        assert api.get("/v1/usage", "alice", headers={header: "203.0.113.7"}).status_code == 200

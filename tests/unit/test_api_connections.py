@@ -1,7 +1,9 @@
 """Connections that nobody invited: heads without an end, bodies that trickle, sockets that say nothing. Each is ended
 by itself, and a neighbour is answered meanwhile."""
 
+import logging
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -99,6 +101,7 @@ def neighbour(server: ApiServer) -> None:
     assert httpx.get(f"{server.url}/healthz", timeout=PATIENCE_S).status_code == 200
 
 
+JSON = {"Content-Type": "application/json"}
 HOST = b"Host: localhost\r\n"
 LONG = b"x" * (HTTP.max_head_bytes + 1)
 ENDLESS = {
@@ -152,7 +155,15 @@ def test_a_refused_head_is_told_as_a_problem(server: ApiServer) -> None:
     assert answer.json()["detail"] == "The head of a request may have at most 4096 bytes."
 
 
-BODY = b"POST /v1/adapters HTTP/1.1\r\n" + HOST + b"Content-Type: application/json\r\nContent-Length: 1000000\r\n\r\n"
+def test_a_long_body_that_is_refused_is_told(server: ApiServer) -> None:
+    """Though its sender goes on for a while."""
+    for path, status_code in (("/v1/adapters", 413), ("/nowhere", 404)):
+        answer = httpx.post(server.url + path, content=b" " * 20_000_000, headers=JSON, timeout=PATIENCE_S)
+        assert answer.status_code == status_code
+    neighbour(server)
+
+
+BODY = b"POST /v1/adapters HTTP/1.1\r\n" + HOST + b"Content-Type: application/json\r\nContent-Length: 60000\r\n\r\n"
 SLOW: dict[str, tuple[Callable[[socket.socket], None], int]] = {
     "nothing": (lambda _: None, 0),
     "line ends": (lambda c: send(c, *[b"\r\n"] * 40, every_s=0.05), 408),
@@ -189,7 +200,7 @@ def test_what_does_not_come_is_not_waited_for(server: ApiServer, monkeypatch: py
 def test_a_slow_upload_that_keeps_its_pace_is_served(server: ApiServer) -> None:
     """It takes several times the grace."""
     body = b'{"name": "' + b"a" * 60 + b'"' + b" " * 8000 + b"}"
-    head = BODY.replace(b"1000000", str(len(body)).encode())
+    head = BODY.replace(b"60000", str(len(body)).encode())
     with closing(connect(server)) as connection:
         pieces = [body[i : i + 400] for i in range(0, len(body), 400)]
         began = time.monotonic()
@@ -284,3 +295,38 @@ def test_an_address_has_its_share(settings: Settings, sqlite_store: EventStore) 
         assert end_of(ours[0]) == b""
         for connection in ours[1:]:
             connection.close()
+
+
+BROKEN = {
+    "in the head": b"GET /healthz HTTP/1.1\r\nX: ",
+    "in the body": BODY + b"[1",
+    "in a long poll": b"GET /v1/futures/%d?wait_s=2 HTTP/1.1\r\n" + HOST + b"\r\n",
+    "in a long poll of the other protocol": b"POST /api/v1/retrieve_future HTTP/1.1\r\n"
+    + HOST
+    + b"Content-Type: application/json\r\nContent-Length: 17\r\n\r\n"
+    + b'{"request_id":"1"}'[:17],
+    "in a stream": b"GET /v1/events?after=0 HTTP/1.1\r\n" + HOST + b"\r\n",
+    "before an answer": b"GET /schema/openapi.json HTTP/1.1\r\n" + HOST + b"\r\n",
+}
+
+
+@pytest.mark.parametrize("abort", [False, True])
+def test_who_breaks_off_is_no_error(server: ApiServer, abort: bool, caplog: pytest.LogCaptureFixture) -> None:
+    future = httpx.post(f"{server.url}/v1/adapters", json={}, timeout=PATIENCE_S).json()["id"]
+    with caplog.at_level("INFO"):
+        for what, sent in BROKEN.items():
+            connection = connect(server)
+            send(connection, sent % future if b"%d" in sent else sent)
+            if what in ("in a stream",):
+                connection.recv(100)
+            time.sleep(0.05)
+            if abort:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.close()
+        neighbour(server)
+        deadline = time.monotonic() + PATIENCE_S
+        while server._crowd._by_address.total() > 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert [record.getMessage() for record in caplog.records if record.levelno > logging.INFO] == []
+    assert any("the client broke off" in record.getMessage() for record in caplog.records)

@@ -214,7 +214,7 @@ def test_as_many_adapters_as_allowed_however_many_are_asked_for_at_once(settings
         assert codes.count(202) + codes.count(409) == 24
 
 
-@pytest.mark.parametrize("body", [b"xyz", b"[" * 100_000, b"\xff"])
+@pytest.mark.parametrize("body", [b"xyz", b"[" * 1000, b"\xff"])
 def test_a_body_where_none_belongs_is_refused_with_its_key(api: ApiDriver, body: bytes) -> None:
     adapter = api.adapter()
     headers = {"Idempotency-Key": "d"}

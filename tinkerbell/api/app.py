@@ -14,7 +14,7 @@ from tinkerbell.api.auth import authenticate
 from tinkerbell.api.context import Context
 from tinkerbell.api.correlation import add_request_id
 from tinkerbell.api.dependencies import PROVIDERS
-from tinkerbell.api.host import HostCheck
+from tinkerbell.api.heads import HeadCheck
 from tinkerbell.api.requests import ApiRequest
 from tinkerbell.api.routes import (
     adapters,
@@ -27,6 +27,7 @@ from tinkerbell.api.routes import (
     sampling,
     training,
 )
+from tinkerbell.api.shares import GiveBack
 from tinkerbell.api.tinker import app as tinker
 from tinkerbell.config import Settings
 from tinkerbell.errors import TinkerbellError
@@ -58,6 +59,7 @@ def create_app(
         finally:
             await context.stop()
             context.threads.close()
+            context.decoders.close()
 
     return Litestar(
         route_handlers=[
@@ -75,7 +77,8 @@ def create_app(
             Exception: problems.answer_bug,
         },
         middleware=[
-            HostCheck(),
+            HeadCheck(),
+            GiveBack(context.shares),
             PrometheusConfig(app_name="tinkerbell", prefix="tinkerbell", group_path=True).middleware,
         ],
         before_send=[add_request_id],

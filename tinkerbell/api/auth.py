@@ -31,6 +31,9 @@ REVOKED_TOO = {"revoked_too": True}
 CACHE_TTL_S = 2.0
 """A revoked key opens nothing after this long, in every process."""
 
+FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
+"""Headers by which a proxy tells that it is one."""
+
 _CACHE_SIZE = 4096
 _KEY = re.compile(r"(?:tml-)?tb-(k_[A-Za-z0-9_]{1,64})-([A-Za-z0-9_=-]{16,128})")
 """With `tml-` before it a key passes the tinker SDK's own check."""
@@ -84,7 +87,7 @@ class Gate:
     ) -> Principal:
         """Raises Unauthorized, or Forbidden where a local server is called by a foreign name."""
         if await self._is_keyless():
-            _check_host(connection.headers.get("host", ""))
+            _check_local(connection)
             return LOCAL
         match = _KEY.fullmatch(_credential(connection))
         if match is None:
@@ -155,9 +158,16 @@ def _credential(connection: ASGIConnection[Any, Any, Any, Any]) -> str:
     return connection.headers.get("x-api-key", "").strip()
 
 
-def _check_host(header: str) -> None:
+def _check_local(connection: ASGIConnection[Any, Any, Any, Any]) -> None:
     """A web page can make its own name resolve to 127.0.0.1 (DNS rebinding); the Host header then gives it
-    away."""
+    away. So do the headers of a proxy, which is here itself and lets in whoever reaches it."""
+    for header in FORWARDED:
+        if header in connection.headers:
+            raise Forbidden(
+                f"A server without keys answers its own machine only, and {header} says that this request came through"
+                " a proxy; make a key (tinkerbell keys create)."
+            )
+    header = connection.headers.get("host", "")
     name = header.rsplit(":", 1)[0] if not header.endswith("]") else header
     if not is_loopback(name):
         raise Forbidden("A server without keys answers to localhost only; call it as localhost or 127.0.0.1.")
@@ -166,6 +176,7 @@ def _check_host(header: str) -> None:
 async def authenticate(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
     """App-level guard: every route that is not marked PUBLIC has a principal."""
     if not handler.opt.get("public"):
-        gate: Gate = connection.app.state.context.gate
+        context = connection.app.state.context
         revoked_too = bool(handler.opt.get("revoked_too"))
-        connection.scope["user"] = await gate.principal(connection, revoked_too=revoked_too)
+        principal = connection.scope["user"] = await context.gate.principal(connection, revoked_too=revoked_too)
+        context.shares.enter(connection.scope, principal.tenant, principal.key_id, handler.opt.get("waits"))

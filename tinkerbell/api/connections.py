@@ -1,7 +1,11 @@
 """How many connections a server has, in all and from each address, and which of them make room for a new one."""
 
+import ipaddress
 from collections import Counter
+from collections.abc import Sequence
 from typing import Protocol
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class Closable(Protocol):
@@ -24,9 +28,11 @@ class Connections:
     where all are at work.
     """
 
-    def __init__(self, most: int, most_per_address: int) -> None:
+    def __init__(self, most: int, most_per_address: int, proxies: Sequence[Network] = ()) -> None:
+        """`proxies` have what there is in all: everybody's connections come from them."""
         self._most = most
         self._most_per_address = most_per_address
+        self._proxies = proxies
         self._all: set[Closable] = set()
         self._by_address: Counter[str] = Counter()
         # In the order in which they came to rest.
@@ -39,7 +45,7 @@ class Connections:
     def add(self, connection: Closable) -> bool:
         """Count a new connection; False where there is no room for it."""
         address = connection.address
-        if self._by_address[address] >= self._most_per_address:
+        if self._by_address[address] >= self._most_per_address and not self._is_proxy(address):
             room = self._evict(address)
         else:
             room = len(self._all) < self._most or self._evict(None)
@@ -74,6 +80,9 @@ class Connections:
         """Have each look at the clock."""
         for connection in list(self._all):
             connection.check(passed_s, now_s)
+
+    def _is_proxy(self, address: str) -> bool:
+        return bool(self._proxies) and any(ipaddress.ip_address(address) in network for network in self._proxies)
 
     def _evict(self, address: str | None) -> bool:
         """Make room; of an address, or anywhere."""

@@ -9,7 +9,9 @@ from typing import ParamSpec, TypeVar
 import msgspec
 
 from tinkerbell.api.auth import Gate
+from tinkerbell.api.decoders import Decoders
 from tinkerbell.api.feed import Feed
+from tinkerbell.api.shares import Shares
 from tinkerbell.api.threads import Threads
 from tinkerbell.config import Settings
 from tinkerbell.errors import Unavailable
@@ -75,6 +77,8 @@ class Context:
         self.settings = settings
         self.store = store
         self.threads = Threads(settings.limits.max_waiting_reads)
+        self.decoders = Decoders()
+        self.shares = Shares(settings.limits)
         self.gate = Gate(settings, store.queries, self.threads.gate)
         self.waiter = FutureWaiter(store, self.read)
         self.feed = Feed(store, self.read)

@@ -55,6 +55,7 @@ async def provide_submitter(
         correlation=correlation_of(request.scope),
         idempotency_key=idempotency_key,
         raw=await request.body(),
+        hashed=request.asked_hash,
     )
     return Submitter(context, caller)
 

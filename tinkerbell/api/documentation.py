@@ -1,16 +1,19 @@
 """The OpenAPI document at /schema and a page to read it, with every file served from here."""
 
+import errno
 from typing import Any
 
 import openapi_ui_bundles.swagger_ui
-from litestar import Request, Router
+from litestar import Request, Response, Router
 from litestar.datastructures import ResponseHeader
+from litestar.exceptions import HTTPException, NotFoundException
 from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin, SwaggerRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme, Tag
 from litestar.static_files import create_static_files_router
 
 import tinkerbell
+from tinkerbell.api import problems
 from tinkerbell.api.auth import PUBLIC
 from tinkerbell.api.schemas import wire_schemas
 
@@ -112,4 +115,13 @@ def assets() -> Router:
         directories=[openapi_ui_bundles.swagger_ui.static_path],
         opt=PUBLIC,
         include_in_schema=False,
+        exception_handlers={HTTPException: _answer_name},
     )
+
+
+def _answer_name(request: Request[Any, Any, Any], error: HTTPException) -> Response[dict[str, Any]]:
+    """A name that no file can have is that of no file."""
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.errno == errno.ENAMETOOLONG:
+        error = NotFoundException()
+    return problems.answer_http_error(request, error)

@@ -20,6 +20,7 @@ from tinkerbell.errors import (
     TooLarge,
     Unauthorized,
     Unavailable,
+    brief,
 )
 
 MEDIA_TYPE = "application/problem+json"
@@ -51,14 +52,14 @@ def problems(*statuses: int) -> dict[int, ResponseSpec]:
             description=_DESCRIPTIONS[status],
             media_type=MEDIA_TYPE,
         )
-        for status in sorted({400, 401, 403, *statuses})
+        for status in sorted({400, 401, 403, 429, *statuses})
     }
 
 
 def _respond(
     status: int, slug: str, title: str, detail: str, extra: Mapping[str, Any], headers: Mapping[str, str]
 ) -> Response[dict[str, Any]]:
-    body = {"type": f"urn:tinkerbell:problem:{slug}", "title": title, "status": status, "detail": detail}
+    body = {"type": f"urn:tinkerbell:problem:{slug}", "title": title, "status": status, "detail": brief(detail)}
     return Response({**extra, **body}, status_code=status, media_type=MEDIA_TYPE, headers=dict(headers))
 
 

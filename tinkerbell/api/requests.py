@@ -1,20 +1,23 @@
-"""Reading JSON bodies strictly: the declared type and nothing else, whatever bytes arrive."""
+"""Reading bodies: no more than the route takes, as the declared type and nothing else, whatever bytes arrive."""
 
-from functools import cache
+import logging
 from typing import Any
 
-import msgspec
 from litestar import Request
 from litestar.datastructures import State
-from litestar.exceptions import HTTPException
+from litestar.exceptions import ClientException, HTTPException
+from litestar.types import Empty, HTTPReceiveMessage
 
+from tinkerbell.api import bodies
 from tinkerbell.api.auth import Principal
-from tinkerbell.errors import InvalidRequest
+from tinkerbell.api.context import Context
+from tinkerbell.api.decoders import Job
+from tinkerbell.errors import TooLarge
 
+CARRIES_DATA: dict[str, Any] = {"carries_data": True}
+"""`opt` of a route whose body carries data, but is not JSON."""
 
-@cache
-def _decoder(target: Any) -> msgspec.json.Decoder[Any]:
-    return msgspec.json.Decoder(target)
+log = logging.getLogger("tinkerbell.api")
 
 
 class ApiRequest(Request[Principal, Any, State]):
@@ -24,9 +27,57 @@ class ApiRequest(Request[Principal, Any, State]):
     also twice the work.
     """
 
+    asked_hash: bytes | None = None
+    """`bodies.request_hash` of a body that was decoded elsewhere, if it has an idempotency key."""
+
+    @property
+    def context(self) -> Context:
+        """The app's."""
+        context: Context = self.app.state.context
+        return context
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Of this route: the server's limit where the body carries data, otherwise what names and settings need."""
+        field = self.route_handler.parsed_data_field
+        carries_data = field is not None and field.annotation in bodies.KINDS
+        limit = self.context.settings.limits.max_body_bytes
+        if carries_data or self.route_handler.opt.get("carries_data"):
+            return limit
+        return min(limit, bodies.SMALL_BYTES)
+
+    async def body(self) -> bytes:
+        """All of it. Raises TooLarge before it is read where its length is known, TooManyRequests, Unavailable."""
+        if self._body is Empty:
+            known = self._connection_state.body
+            self._body = self._connection_state.body = await self._read() if known is Empty else known
+        raw: bytes = self._body
+        return raw
+
+    async def _read(self) -> bytes:
+        limit, shares = self.max_body_bytes, self.context.shares
+        self._refuse_over(limit, self.content_length or 0)
+        shares.hold_bytes(self.scope, self.content_length or 0)
+        pieces: list[bytes] = []
+        num_bytes = 0
+        while True:
+            event: HTTPReceiveMessage = await self.receive()  # type: ignore[assignment]
+            if event["type"] == "http.disconnect":
+                raise broken_off(self)
+            num_bytes += len(event["body"])
+            self._refuse_over(limit, num_bytes)
+            shares.hold_bytes(self.scope, num_bytes)
+            pieces.append(event["body"])
+            if not event.get("more_body", False):
+                return b"".join(pieces)
+
+    def _refuse_over(self, limit: int, num_bytes: int) -> None:
+        if num_bytes > limit:
+            raise TooLarge(f"The body may have at most {limit} bytes.", limit=limit)
+
     async def json(self) -> Any:
-        """The body as the type of the handler's `data`. Raises InvalidRequest, or 415 for another content
-        type."""
+        """The body as the type of the handler's `data`. Raises InvalidRequest, TooLarge, or 415 for another content
+        type; of long ones what `Decoders.decode` raises."""
         media_type = self.content_type[0]
         if media_type != "application/json":
             # Also what keeps other web pages out in local mode: a browser sends no JSON across sites unasked.
@@ -35,16 +86,21 @@ class ApiRequest(Request[Principal, Any, State]):
             )
         field = self.route_handler.parsed_data_field
         assert field is not None, "only handlers with a body read one"
-        return decode(await self.body(), field.annotation)
+        raw, max_elements = await self.body(), self.context.settings.limits.max_body_elements
+        if len(raw) <= bodies.SMALL_BYTES:
+            return bodies.decode(raw, field.annotation, max_elements)
+        job = Job(
+            target=field.annotation.__name__,
+            max_elements=max_elements,
+            path_id=self.path_params.get("adapter_id"),
+            keyed="idempotency-key" in self.headers,
+        )
+        decoded = await self.context.decoders.decode(self.user.tenant, job, raw)
+        self.asked_hash = decoded.hashed
+        return decoded.body
 
 
-def decode(raw: bytes, target: Any) -> Any:
-    """`raw` as `target`. Raises InvalidRequest that says where it is wrong."""
-    try:
-        return _decoder(target).decode(raw)
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(f"body: {error}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the body is not JSON: {error}") from error
-    except RecursionError as error:
-        raise InvalidRequest("the body is nested too deeply") from error
+def broken_off(request: Request[Any, Any, Any]) -> ClientException:
+    """What to raise where the client is gone: nobody reads the answer."""
+    log.info("%s %s: the client broke off", request.method, request.scope["path"])
+    return ClientException("The client broke off.")

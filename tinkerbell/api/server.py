@@ -1,9 +1,10 @@
 """Serving the app with uvicorn: one process, and an end within seconds whoever is still listening."""
 
 import asyncio
+import ipaddress
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import FrameType
 
@@ -13,7 +14,7 @@ from litestar import Litestar
 from tinkerbell.api import descriptors
 from tinkerbell.api.auth import is_loopback
 from tinkerbell.api.connection import Connection
-from tinkerbell.api.connections import Connections
+from tinkerbell.api.connections import Connections, Network
 from tinkerbell.api.context import Context
 from tinkerbell.errors import InvalidRequest, ServerError
 
@@ -39,7 +40,8 @@ class ApiServer(uvicorn.Server):
         self._context: Context = app.state.context
         limits = self._context.settings.http
         most = descriptors.most_connections(limits.max_connections)
-        self._crowd = Connections(most, limits.max_connections_per_address or max(most // 2, 1))
+        per_address = limits.max_connections_per_address or max(most // 2, 1)
+        self._crowd = Connections(most, per_address, networks(limits.trusted_proxies))
         self._checked_s: float | None = None
         super().__init__(
             uvicorn.Config(
@@ -50,7 +52,8 @@ class ApiServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                proxy_headers=False,
+                proxy_headers=bool(limits.trusted_proxies),
+                forwarded_allow_ips=[*limits.trusted_proxies],
                 http=partial(Connection, limits=limits, crowd=self._crowd),  # type: ignore[arg-type]
                 ws="none",
                 timeout_keep_alive=math.ceil(limits.idle_timeout_s),
@@ -96,6 +99,14 @@ class ApiServer(uvicorn.Server):
         if not self.should_exit and self._on_stopping is not None:
             self._on_stopping()
         self.should_exit = True
+
+
+def networks(texts: Sequence[str]) -> list[Network]:
+    """Raises InvalidRequest for what is neither an address nor a network."""
+    try:
+        return [ipaddress.ip_network(text) for text in texts]
+    except ValueError as error:
+        raise InvalidRequest(f"settings: http.trusted_proxies: {error}") from error
 
 
 def serve_api(

@@ -8,7 +8,7 @@ import msgspec
 from tinkerbell import wire
 from tinkerbell.api import validation, views
 from tinkerbell.api.submitting import Draft, Submitting, new_id
-from tinkerbell.errors import InvalidRequest
+from tinkerbell.errors import InvalidRequest, shown
 from tinkerbell.events import kinds
 from tinkerbell.events.names import SavedName
 from tinkerbell.types import AdapterId, LoraConfig, ModelInfo
@@ -22,7 +22,7 @@ class Submitter(Submitting):
 
         def draft(model: ModelInfo) -> Draft:
             if body.base_model is not None and body.base_model != model.name:
-                raise InvalidRequest(f"base_model: this server serves {model.name!r}, not {body.base_model!r}.")
+                raise InvalidRequest(f"base_model: this server serves '{model.name}', not {shown(body.base_model)}.")
             lora, checkpoint = body.lora or LoraConfig(), None
             if body.checkpoint is not None:
                 if body.lora is not None:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import msgspec
 
-from tinkerbell.api import admission, idempotency, validation
+from tinkerbell.api import admission, bodies, idempotency, validation
 from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context, Held
 from tinkerbell.errors import InvalidRequest, NameTaken, NotFound, Unavailable, UserError
@@ -49,6 +49,8 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     idempotency_key: str | None
     raw: bytes
     """The body as it was sent."""
+    hashed: bytes | None = None
+    """`bodies.request_hash` of it, where it is known already."""
 
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,7 +149,10 @@ class Submitting:
 
     def _request_hash(self, kind: str, path_id: AdapterId | None) -> bytes:
         """What the caller asked, for its idempotency key."""
-        return idempotency.request_hash(kind, path_id, self._caller.raw)
+        caller = self._caller
+        if caller.hashed is not None:
+            return caller.hashed
+        return bodies.request_hash(kind, path_id, caller.raw, self._context.settings.limits.max_body_elements)
 
     def _abandon(self, preparing: "asyncio.Future[Prepared]") -> None:
         """Let go of what was held for a request that nobody waits for any more, once it is written or refused."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from tinkerbell import wire
 from tinkerbell.config import Limits
-from tinkerbell.errors import InvalidRequest, NotFound, TooLarge
+from tinkerbell.errors import InvalidRequest, NotFound, TooLarge, shown
 from tinkerbell.events.codec import out_of_limits
 from tinkerbell.types import (
     BUILTIN_LOSSES,
@@ -57,12 +57,12 @@ def checkpoint_id(text: str) -> str:
 
 def no_adapter(text: str) -> NotFound:
     """One text for missing, foreign and removed adapters alike."""
-    return NotFound(f"There is no adapter {text!r}.")
+    return NotFound(f"There is no adapter {shown(text)}.")
 
 
 def no_checkpoint(text: str) -> NotFound:
     """One text for missing and foreign checkpoints alike."""
-    return NotFound(f"There is no checkpoint {text!r}.")
+    return NotFound(f"There is no checkpoint {shown(text)}.")
 
 
 def within(where: str, value: S, names: Mapping[str, str] | None = None) -> S:
@@ -81,7 +81,7 @@ def lora(config: LoraConfig, model: ModelInfo) -> None:
     for target in config.targets:
         if not any(name in model.targets for name in TARGET_PRESETS.get(target, (target,))):
             raise InvalidRequest(
-                f"lora.targets: {model.name} has no {target!r}; it has {', '.join(model.targets)}"
+                f"lora.targets: {model.name} has no {shown(target)}; it has {', '.join(model.targets)}"
                 f" and the presets {', '.join(TARGET_PRESETS)}."
             )
 
@@ -90,13 +90,13 @@ def loss(spec: LossSpec) -> LossSignature:
     """The signature of a built-in loss whose settings are all known to it."""
     signature = BUILTIN_LOSSES.get(spec.name)
     if signature is None:
-        raise InvalidRequest(f"loss.name: {spec.name!r} is none of {', '.join(BUILTIN_LOSSES)}.")
+        raise InvalidRequest(f"loss.name: {shown(spec.name)} is none of {', '.join(BUILTIN_LOSSES)}.")
     for name in spec.config:
         if name not in signature.config:
             known = ", ".join(signature.config) or "none"
-            raise InvalidRequest(f"loss.config: {spec.name} has no setting {name!r}; it has {known}.")
+            raise InvalidRequest(f"loss.config: {spec.name} has no setting {shown(name)}; it has {known}.")
         if not math.isfinite(spec.config[name]):
-            raise InvalidRequest(f"loss.config: {name!r} is {spec.config[name]}; it must be a finite number.")
+            raise InvalidRequest(f"loss.config: {shown(name)} is {spec.config[name]}; it must be a finite number.")
     return signature
 
 
@@ -145,11 +145,11 @@ def _datum(
         raise InvalidRequest(f"{where} has {n} tokens and {len(body.targets)} targets; it must have as many{k}.")
     for name in signature.required:
         if name not in body.loss_inputs:
-            raise InvalidRequest(f"{where}.loss_inputs: {loss_name} needs {name!r}.")
+            raise InvalidRequest(f"{where}.loss_inputs: {loss_name} needs {shown(name)}.")
     for name, values in body.loss_inputs.items():
         if name not in signature.required and name not in signature.optional:
             known = ", ".join((*signature.required, *signature.optional))
-            raise InvalidRequest(f"{where}.loss_inputs: {loss_name} reads no {name!r}; it reads {known}.")
+            raise InvalidRequest(f"{where}.loss_inputs: {loss_name} reads no {shown(name)}; it reads {known}.")
         if len(values) != n * num_targets:
             raise InvalidRequest(f"{where}.loss_inputs.{name} has {len(values)} numbers for {n} tokens{k}.")
     return Datum(

@@ -1,17 +1,24 @@
 """How long checkpoints and samplers of the tinker protocol are kept, and what a sample may ask."""
 
+import time
+from datetime import datetime
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from tests.contract.test_event_compaction import compact
-from tests.support.api_driver import answer
+from tests.support.api_driver import ApiDriver, answer, record_environment, revoke_key
 from tests.support.tinker_driver import LORA, OWNER, Tinker
+from tinkerbell.api import auth
+from tinkerbell.api.tinker import downloads
 from tinkerbell.api.tinker import wire_pb2 as pb
+from tinkerbell.config import Settings
 from tinkerbell.errors import Compacted
 from tinkerbell.events import kinds
 from tinkerbell.events.rows import CheckpointRow
+from tinkerbell.events.store import EventStore
 from tinkerbell.scheduler.expendable import expendable
 
 
@@ -65,6 +72,37 @@ def test_downloads_need_their_address_and_nothing_else(tinker: Tinker) -> None:
     assert tinker.api.get(url).status_code == 404
 
 
+def test_a_download_ends_with_its_time_and_with_its_key(tinker: Tinker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "CACHE_TTL_S", 0.0)
+    model = tinker.model()
+    tinker.saved(model, 1, "ext", "save_weights_external")
+    route = f"training_runs/{model}/checkpoints/external_weights/ext/external_weights_urls"
+    answered = tinker.call("GET", route).json()
+    lasts_s = datetime.fromisoformat(answered["expires"]).timestamp() - time.time()
+    assert lasts_s <= tinker.api.settings.http.download_valid_s
+    url = answered["urls"]["adapter_model.safetensors"]
+    assert tinker.api.get(url).status_code == 200
+    with monkeypatch.context() as later:
+        now_s = time.time()
+        later.setattr(downloads.time, "time", lambda: now_s + tinker.api.settings.http.download_valid_s + 1)
+        assert tinker.api.get(url).status_code == 404
+    revoke_key(tinker.api.store, OWNER, tinker.api.key(OWNER))
+    assert tinker.api.get(url).status_code == 404
+
+
+@pytest.mark.parametrize("public_url", ["https://tinkerbell.example", "https://tinkerbell.example/lora/"])
+def test_addresses_are_those_that_clients_reach(settings: Settings, sqlite_store: EventStore, public_url: str) -> None:
+    record_environment(sqlite_store)
+    http = msgspec.structs.replace(settings.http, public_url=public_url)
+    with ApiDriver(msgspec.structs.replace(settings, auth="keys", http=http), sqlite_store) as api:
+        tinker = Tinker(api)
+        model = tinker.model()
+        tinker.saved(model, 1, "ext", "save_weights_external")
+        route = f"training_runs/{model}/checkpoints/external_weights/ext/external_weights_urls"
+        for url in tinker.call("GET", route).json()["urls"].values():
+            assert url.startswith(f"{public_url.rstrip('/')}/api/v1/downloads/")
+
+
 def test_a_sampler_keeps_the_weights_it_was_made_with(tinker: Tinker) -> None:
     """Sampling from it asks an adapter of its own, made when it is first needed, never the model."""
     model = tinker.model()
@@ -116,7 +154,7 @@ def test_a_sampler_keeps_the_weights_it_was_made_with(tinker: Tinker) -> None:
             "no CSR",
         ),
         ({"record_stability_info": True}, "Train with importance_sampling"),
-        ({"prompt": {"chunks": [{"type": "image", "data": "", "format": "png"}]}}, "image is not served"),
+        ({"prompt": {"chunks": [{"type": "image", "data": "", "format": "png"}]}}, "'image' is not served"),
         ({"prompt": {"chunks": []}}, "no tokens"),
         ({"sampling_params": {"max_tokens": 30}}, "takes at most 32"),
     ],

@@ -9,6 +9,7 @@ from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context
 from tinkerbell.api.problems import problems
 from tinkerbell.api.routes.futures import wait_for
+from tinkerbell.api.shares import POLL
 from tinkerbell.api.submissions import Submitter
 
 _TAGS = ["aliases"]
@@ -73,6 +74,7 @@ async def sample(data: JSONBody[wire.SampleFor], submitter: NamedDependency[Subm
     "/retrieve_future",
     status_code=200,
     operation_id="alias_retrieve_future",
+    opt=POLL,
     summary="As GET /v1/futures/{future_id}",
     tags=_TAGS,
     responses=problems(404, 413, 415),

@@ -15,6 +15,7 @@ from tinkerbell.api.context import Context
 from tinkerbell.api.feed import line_of
 from tinkerbell.api.paging import MAX_POSITION
 from tinkerbell.api.problems import problems
+from tinkerbell.api.shares import STREAM
 from tinkerbell.types import AdapterId
 
 PING_S = 10.0
@@ -49,6 +50,7 @@ Adapter = Annotated[str | None, QueryParameter(name="adapter_id", description="O
 @get(
     "/events",
     operation_id="stream_events",
+    opt=STREAM,
     summary="Your log as it grows",
     tags=["log"],
     media_type="text/event-stream",

@@ -13,6 +13,7 @@ from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context
 from tinkerbell.api.paging import MAX_POSITION, Limit
 from tinkerbell.api.problems import problems
+from tinkerbell.api.shares import POLL
 from tinkerbell.errors import Corrupt, KeyUnavailable, NotFound
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.rows import FutureRow
@@ -56,9 +57,10 @@ def _view(context: Context, row: FutureRow, result: Recorded | None) -> wire.Fut
 @get(
     "/futures/{future_id:int}",
     operation_id="show_future",
+    opt=POLL,
     summary="A future",
     tags=_TAGS,
-    responses=problems(404, 410),
+    responses=problems(404, 410, 429),
 )
 async def show_future(
     future_id: FromPath[int],

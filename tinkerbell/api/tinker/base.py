@@ -13,7 +13,7 @@ from tinkerbell.api.context import Context
 from tinkerbell.api.submitting import Caller, Draft, Submitting
 from tinkerbell.api.tinker import messages as m
 from tinkerbell.api.tinker import names
-from tinkerbell.errors import InvalidRequest, NotFound, SessionOver, TooLarge
+from tinkerbell.errors import InvalidRequest, NotFound, SessionOver, shown
 from tinkerbell.events import kinds
 from tinkerbell.events.names import SavedName
 from tinkerbell.events.queries import Queries
@@ -22,9 +22,6 @@ from tinkerbell.types import AdapterId, ModelInfo, SessionId, TenantId
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-MAX_SMALL_BYTES = 65_536
-"""Of a request that carries no data."""
 
 SEED_BITS = (1 << 63) - 1
 
@@ -96,7 +93,7 @@ class TinkerSubmitting(Submitting):
         """As of now; an event's `session` holds when it is written, too. Raises NotFound, SessionOver."""
         row = self.session(text)
         if row.ended_us is not None:
-            raise SessionOver(f"The session {text!r} has ended; start another one.")
+            raise SessionOver(f"The session {shown(text)} has ended; start another one.")
         return row
 
     def _at_path(self, text: str) -> CheckpointRow:
@@ -121,14 +118,6 @@ class TinkerSubmitting(Submitting):
         return NotFound(
             f"The session of {model_id} has ended, and its models with it; go on from a checkpoint in another session."
         )
-
-    def _require_small(self) -> None:
-        """Of what goes into the log as it is: names and metadata."""
-        if len(self._caller.raw) > MAX_SMALL_BYTES:
-            raise TooLarge(
-                f"This request has {len(self._caller.raw)} bytes; with its metadata it may have {MAX_SMALL_BYTES}.",
-                limit=MAX_SMALL_BYTES,
-            )
 
     async def _prepared(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What a call on the way into the log gives, which may block."""
@@ -198,22 +187,26 @@ class TinkerSubmitting(Submitting):
         )
 
     def _request_hash(self, kind: str, path_id: AdapterId | None) -> bytes:
-        return hashlib.sha256(f"{kind}\0{path_id}\0".encode() + self._caller.raw).digest()
+        digest = hashlib.sha256(f"{kind}\0{path_id}\0".encode())
+        digest.update(self._caller.raw)
+        return digest.digest()
 
 
 def check_base_model(name: str, model: ModelInfo) -> None:
     if name not in served_names(model):
-        raise InvalidRequest(f"base_model: this server serves {' or '.join(served_names(model))}, not {name!r}.")
+        raise InvalidRequest(f"base_model: this server serves {' or '.join(served_names(model))}, not {shown(name)}.")
 
 
 def check_optimizer(name: str) -> None:
     if name != "adamw":
-        raise InvalidRequest(f"optimizer_config: {name!r} is not served; adamw is.")
+        raise InvalidRequest(f"optimizer_config: {shown(name)} is not served; adamw is.")
 
 
 def check_project(name: str, tenant: TenantId) -> None:
     if name not in (PROJECT, tenant):
-        raise InvalidRequest(f"There is no project {name!r}; you have one, which is called {tenant!r} or {PROJECT!r}.")
+        raise InvalidRequest(
+            f"There is no project {shown(name)}; you have one, which is called '{tenant}' or '{PROJECT}'."
+        )
 
 
 def check_loadable(checkpoint: CheckpointRow, optimizer: bool) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from tinkerbell.api import idempotency, validation
+from tinkerbell.api import bodies, idempotency, validation
 from tinkerbell.api.submitting import Draft, new_id
 from tinkerbell.api.tinker import messages as m
 from tinkerbell.api.tinker import names
@@ -16,7 +16,7 @@ from tinkerbell.api.tinker.base import (
     check_project,
     seed_of,
 )
-from tinkerbell.errors import InvalidRequest, NameTaken, UserError
+from tinkerbell.errors import InvalidRequest, NameTaken, UserError, shown
 from tinkerbell.events import kinds
 from tinkerbell.events.rows import CheckpointRow
 from tinkerbell.types import AdapterId, ModelInfo
@@ -30,7 +30,6 @@ class CheckpointSubmitting(TinkerSubmitting):
 
     async def load_as_new(self, body: m.LoadWeights) -> m.Submitted:
         """A new adapter that begins as a checkpoint."""
-        self._require_small()
         if body.session_id is None or body.model_seq_id is None:
             raise InvalidRequest("load_weights needs model_id and seq_id, or session_id and model_seq_id.")
         session = names.session_id(body.session_id)
@@ -79,7 +78,6 @@ class CheckpointSubmitting(TinkerSubmitting):
 
     async def save(self, body: m.SaveWeights, *, external: bool) -> m.Submitted:
         """A checkpoint to train on, or to be taken away."""
-        self._require_small()
         if body.age_encryption_recipients:
             raise InvalidRequest("age_encryption_recipients: checkpoints are not encrypted for others here.")
         path = names.Path(body.model_id, "external" if external else "state", names.checkpoint_name(body.path))
@@ -93,9 +91,10 @@ class CheckpointSubmitting(TinkerSubmitting):
     async def save_for_sampler(self, body: m.SaveWeightsForSampler) -> m.Submitted:
         """A checkpoint to sample from; without a name for one sampling session, which is made with it. A retry gives
         the sampling session of the first time, whatever number it comes with."""
-        self._require_small()
         if body.kind != "snapshot":
-            raise InvalidRequest(f"kind: {body.kind!r} is not served; a sampler keeps the weights it was made with.")
+            raise InvalidRequest(
+                f"kind: {shown(body.kind)} is not served; a sampler keeps the weights it was made with."
+            )
         if body.path is not None:
             path = names.Path(body.model_id, "sampler", names.checkpoint_name(body.path))
 
@@ -121,7 +120,8 @@ class CheckpointSubmitting(TinkerSubmitting):
             made = kinds.SamplerCreated(sampler=sampler, session=session, checkpoint=checkpoint)
             return Draft(event=event, before=(self._sampler_event(made, checkpoint),))
 
-        asked = idempotency.request_hash("save", body.model_id, self._caller.raw, RENUMBERED)
+        max_elements = self._context.settings.limits.max_body_elements
+        asked = bodies.request_hash("save", body.model_id, self._caller.raw, max_elements, RENUMBERED)
         return await self._for_model("save", body.model_id, unnamed, asked)
 
     async def _save_at(self, path: names.Path, draft: Callable[[ModelInfo], Draft], *, overwrite: bool) -> m.Submitted:
@@ -136,9 +136,9 @@ class CheckpointSubmitting(TinkerSubmitting):
     async def copy_weights(self, body: m.CopyWeights, client: str) -> names.Path:
         """A checkpoint once more, of the same kind and with the same bytes, in a new run that cannot be trained. Its
         retry gives the same one."""
-        self._require_small()
         key = self._caller.idempotency_key
-        hashed = None if key is None else idempotency.request_hash("copy_weights", None, self._caller.raw)
+        max_elements = self._context.settings.limits.max_body_elements
+        hashed = None if key is None else bodies.request_hash("copy_weights", None, self._caller.raw, max_elements)
 
         def made() -> kinds.Recorded | tuple[kinds.NewEvent, ...]:
             try:

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import zstandard
-from google.protobuf.message import DecodeError
 
 from tinkerbell.api import validation
 from tinkerbell.api.tinker import wire_pb2 as pb
 from tinkerbell.api.tinker.sampling import NO_STABLE_REINFORCE
 from tinkerbell.config import Limits
-from tinkerbell.errors import Corrupt, InvalidRequest, TooLarge
+from tinkerbell.errors import Corrupt, InvalidRequest, TooLarge, shown
 from tinkerbell.events import kinds
 from tinkerbell.types import MAX_TARGETS, Datum, LossSignature, LossSpec, ModelInfo
 
@@ -30,27 +28,6 @@ NOTHING = -99999.0
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def decompress(raw: bytes, max_bytes: int) -> bytes:
-    """A zstd body. Raises InvalidRequest, TooLarge over `max_bytes`."""
-    try:
-        data: bytes = zstandard.ZstdDecompressor().stream_reader(raw).read(max_bytes + 1)
-    except zstandard.ZstdError as error:
-        raise InvalidRequest(f"the body is not zstd: {error}") from error
-    if len(data) > max_bytes:
-        raise TooLarge(f"The body may have at most {max_bytes} bytes.")
-    return data
-
-
-def forward_backward(raw: bytes) -> pb.ForwardBackwardRequest:
-    """Raises InvalidRequest."""
-    request = pb.ForwardBackwardRequest()
-    try:
-        request.ParseFromString(raw)
-    except DecodeError as error:
-        raise InvalidRequest(f"the body is no ForwardBackwardRequest: {error}") from error
-    return request
-
-
 def loss_spec(request: pb.ForwardBackwardRequest) -> LossSpec:
     """Name and settings. Raises InvalidRequest for a setting that is no number, and for what is not served."""
     if request.loss_fn == "stable_reinforce":
@@ -58,7 +35,7 @@ def loss_spec(request: pb.ForwardBackwardRequest) -> LossSpec:
     config = dict(request.loss_fn_config)
     for name, value in request.loss_fn_config_v2.items():
         if value.WhichOneof("value") != "number":
-            raise InvalidRequest(f"loss_fn_config: {name!r} must be a number.")
+            raise InvalidRequest(f"loss_fn_config: {shown(name)} must be a number.")
         config[name] = value.number
     return validation.within("", LossSpec(name=request.loss_fn or "cross_entropy", config=config), _LOSS_AS)
 
@@ -94,7 +71,7 @@ def _num_targets(request: pb.ForwardBackwardRequest) -> int:
     if len(shape) < 2:
         return 1
     if not 1 <= shape[1] <= MAX_TARGETS:
-        raise InvalidRequest(f"data[0].loss_fn_inputs.{TARGETS} has the shape {shape}; K is 1 to {MAX_TARGETS}.")
+        raise InvalidRequest(f"data[0].loss_fn_inputs.{TARGETS} has the shape {shown(shape)}; K is 1 to {MAX_TARGETS}.")
     return int(shape[1])
 
 
@@ -128,10 +105,12 @@ def _datum(
     known = (TARGETS, *signature.required, *signature.optional)
     for name in (TARGETS, *signature.required):
         if name not in given:
-            raise InvalidRequest(f"{where}.loss_fn_inputs: {loss_name} needs {name!r}.")
+            raise InvalidRequest(f"{where}.loss_fn_inputs: {loss_name} needs {shown(name)}.")
     for name in given:
         if name not in known:
-            raise InvalidRequest(f"{where}.loss_fn_inputs: {loss_name} reads no {name!r}; it reads {', '.join(known)}.")
+            raise InvalidRequest(
+                f"{where}.loss_fn_inputs: {loss_name} reads no {shown(name)}; it reads {', '.join(known)}."
+            )
     arrays = {name: tensor(f"{where}.loss_fn_inputs.{name}", given[name], n, num_targets) for name in sorted(given)}
     return Datum(
         tokens=_token_bytes(f"{where}.model_input", tokens, model),
@@ -149,12 +128,12 @@ def tensor(where: str, value: pb.Tensor, n: int, k: int) -> Array:
     shape = list(value.shape)
     if shape not in ([n, k], [n] if k == 1 else None, [] if k == 1 else None):
         wanted = f"[{n}]" if k == 1 else f"[{n}, {k}], since data[0] has {k} {TARGETS} for a token"
-        raise InvalidRequest(f"{where} has the shape {shape}; for {n} tokens it is {wanted}.")
+        raise InvalidRequest(f"{where} has the shape {shown(shape)}; for {n} tokens it is {wanted}.")
     if value.WhichOneof("encoding") == "sparse_csr":
         return _dense(where, value.sparse_csr, dtype, n, k)
     numbers = _numbers(where, value.dense, dtype)
     if numbers.size != n * k:
-        raise InvalidRequest(f"{where} has {numbers.size} numbers for the shape {shape or [n]}.")
+        raise InvalidRequest(f"{where} has {numbers.size} numbers for the shape {shown(shape or [n])}.")
     return numbers
 
 

@@ -11,8 +11,6 @@ from tinkerbell.errors import NotFound
 from tinkerbell.events.store import EventStore
 from tinkerbell.types import CheckpointId, TenantId
 
-VALID_S = 3600
-
 _LABEL = b"tinkerbell download\0"
 
 
@@ -24,6 +22,8 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True):
     file: str
     expires_s: int
     """Seconds since 1970."""
+    key_id: str | None = None
+    """The API key that it was given to, and ends with; None without keys."""
 
 
 def issue(store: EventStore, ticket: Ticket) -> str:
@@ -33,6 +33,8 @@ def issue(store: EventStore, ticket: Ticket) -> str:
 
 def redeem(store: EventStore, text: str) -> Ticket:
     """Raises NotFound for what was not issued here, or is over."""
+    if not text.isascii():
+        raise NotFound("There is no such download.")
     content = text.partition(".")[0]
     try:
         raw = base64.b64decode(content + "=" * (-len(content) % 4), altchars=b"-_", validate=True)

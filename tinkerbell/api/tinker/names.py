@@ -10,7 +10,7 @@ import secrets
 from typing import NamedTuple
 
 from tinkerbell.api.paging import MAX_POSITION
-from tinkerbell.errors import InvalidRequest, NotFound
+from tinkerbell.errors import InvalidRequest, NotFound, shown
 from tinkerbell.types import AdapterId, CheckpointId, CheckpointUse, SamplerId, SessionId
 
 _SESSION = re.compile(r"se_[a-z2-7]{20}")
@@ -83,7 +83,7 @@ def parse_path(text: str) -> Path:
     match = _PATH.fullmatch(text)
     if match is None or match[2] not in USES:
         raise InvalidRequest(
-            f"{text!r} is no path of a checkpoint: tinker://<model>/<{'|'.join(USES)}>/<name>, as a save gives it."
+            f"{shown(text)} is no path of a checkpoint: tinker://<model>/<{'|'.join(USES)}>/<name>, as a save gives it."
         )
     return Path(match[1], USES[match[2]], match[3])
 
@@ -92,7 +92,7 @@ def checkpoint_name(text: str) -> str:
     """Raises InvalidRequest."""
     if not _NAME.fullmatch(text):
         raise InvalidRequest(
-            f"path: {text!r} is no name of a checkpoint; 1 to 64 letters, digits, dots, dashes and underscores."
+            f"path: {shown(text)} is no name of a checkpoint; 1 to 64 letters, digits, dots, dashes and underscores."
         )
     return text
 
@@ -107,17 +107,17 @@ def request_position(text: str) -> int:
 
 def no_request(text: str) -> NotFound:
     """One text for missing and foreign requests alike."""
-    return NotFound(f"There is no request {text!r}.")
+    return NotFound(f"There is no request {shown(text)}.")
 
 
 def no_session(text: str) -> NotFound:
     """One text for missing and foreign sessions alike."""
-    return NotFound(f"There is no session {text!r}.")
+    return NotFound(f"There is no session {shown(text)}.")
 
 
 def no_sampler(text: str) -> NotFound:
     """One text for missing and foreign samplers alike."""
-    return NotFound(f"There is no sampling session {text!r}.")
+    return NotFound(f"There is no sampling session {shown(text)}.")
 
 
 def no_path(path: Path) -> NotFound:

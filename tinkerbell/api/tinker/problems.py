@@ -22,7 +22,7 @@ def answer_tinkerbell_error(request: AnyRequest, error: TinkerbellError) -> Resp
     headers = dict(told.headers or {})
     if (retry_after_s := error.extra.get("retry_after_s")) is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
-    return Response({"detail": error.detail}, status_code=status, headers=headers)
+    return Response({"detail": told.content["detail"]}, status_code=status, headers=headers)
 
 
 def answer_http_error(request: AnyRequest, error: HTTPException) -> Response[dict[str, Any]]:

@@ -1,13 +1,14 @@
 """What an asample asks for, in the words of `/v1`."""
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from tinkerbell import wire
 from tinkerbell.api import validation
 from tinkerbell.api.tinker import messages as m
-from tinkerbell.errors import InvalidRequest
+from tinkerbell.errors import InvalidRequest, TooLarge, shown
 from tinkerbell.types import MAX_TARGETS, ModelInfo, SamplingParams
 
 MAX_TOP = 64
@@ -22,8 +23,8 @@ _ASKED_AS = {"stop_tokens": "stop"}
 """Field of SamplingParams -> as it is called here."""
 
 
-def request(body: m.Asample, model: ModelInfo) -> wire.Sample:
-    """Raises InvalidRequest for what is not served."""
+def request(body: m.Asample, model: ModelInfo, max_bytes: int) -> wire.Sample:
+    """Raises InvalidRequest for what is not served, TooLarge for over `max_bytes` of target tokens."""
     if body.record_stability_info:
         # Here, not only when somebody comes to train on what was sampled.
         raise InvalidRequest(f"record_stability_info: {NO_STABLE_REINFORCE}")
@@ -34,10 +35,10 @@ def request(body: m.Asample, model: ModelInfo) -> wire.Sample:
         raise InvalidRequest(f"The prompt has {len(prompt)} tokens; {model.name} takes at most {model.max_length}.")
     last = body.prompt_logprobs_last_n
     if last is not None and not 1 <= last <= len(prompt):
-        raise InvalidRequest(f"prompt_logprobs_last_n is {last}; the prompt has {len(prompt)} tokens.")
+        raise InvalidRequest(f"prompt_logprobs_last_n is {shown(last)}; the prompt has {len(prompt)} tokens.")
     for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
         if not 0 <= getattr(body, name) <= MAX_TOP:
-            raise InvalidRequest(f"{name} is {getattr(body, name)}; it may be 0 to {MAX_TOP}.")
+            raise InvalidRequest(f"{name} is {shown(getattr(body, name))}; it may be 0 to {MAX_TOP}.")
     texts, tokens = _stop(asked.stop)
     params = SamplingParams(
         max_tokens=room if asked.max_tokens is None else asked.max_tokens,
@@ -54,25 +55,33 @@ def request(body: m.Asample, model: ModelInfo) -> wire.Sample:
         prompt_draws=body.prompt_alt_tokens_k,
     )
     params = validation.within("sampling_params", params, _ASKED_AS)
-    return wire.Sample(prompt=prompt, params=params, prompt_targets=_targets(body.target_prompt_logprobs, len(prompt)))
+    targets = _targets(body.target_prompt_logprobs, len(prompt), max_bytes)
+    return wire.Sample(prompt=prompt, params=params, prompt_targets=targets)
 
 
-def _targets(tensor: m.TensorBody | None, num_tokens: int) -> list[list[int]] | None:
-    """[P, K], -1 where nothing is asked for, of a tensor [P - 1, K] that begins with the second token."""
+def _targets(tensor: m.TensorBody | None, num_tokens: int, max_bytes: int) -> Any:
+    """[P, K] rows, -1 where nothing is asked for, of a tensor [P - 1, K] that begins with the second token; None where
+    there is none."""
     if tensor is None:
         return None
     where = "target_prompt_logprobs"
     shape = tensor.shape or []
     if len(shape) != 2 or shape[0] != num_tokens - 1 or not 1 <= shape[1] <= MAX_TARGETS:
         raise InvalidRequest(
-            f"{where} has the shape {shape}; for this prompt it is [{num_tokens - 1}, K], K from 1 to {MAX_TARGETS}."
+            f"{where} has the shape {shown(shape)}; for this prompt it is [{num_tokens - 1}, K], K from 1 to"
+            f" {MAX_TARGETS}."
         )
-    cells = np.full(shape, -1.0)
+    if (num_bytes := 4 * num_tokens * shape[1]) > max_bytes:
+        raise TooLarge(
+            f"{where} of the shape {shape} is answered with {num_bytes} bytes; a request may ask for {max_bytes}.",
+            num_bytes=num_bytes,
+            limit=max_bytes,
+        )
     rows, columns = tensor.sparse_crow_indices, tensor.sparse_col_indices
     if rows is None or columns is None:
-        if len(tensor.data) != cells.size:
+        if len(tensor.data) != shape[0] * shape[1]:
             raise InvalidRequest(f"{where} has {len(tensor.data)} numbers for the shape {shape}.")
-        cells[:] = np.reshape(tensor.data, shape)
+        cells = np.reshape(tensor.data, shape)
     else:
         fits = (
             len(rows) == shape[0] + 1
@@ -83,20 +92,22 @@ def _targets(tensor: m.TensorBody | None, num_tokens: int) -> list[list[int]] | 
         )
         if not fits:
             raise InvalidRequest(f"{where} is no CSR matrix of the shape {shape}.")
+        cells = np.full(shape, -1.0)
         cells[np.repeat(np.arange(shape[0]), np.diff(rows)), columns] = tensor.data
     if not ((cells >= -1) & (cells < 2**31) & (cells == np.floor(cells))).all():
         raise InvalidRequest(f"{where} has numbers that are no tokens.")
-    found: list[list[int]] = cells.astype(int).tolist()
-    return [[-1] * shape[1], *found]
+    return [np.full(shape[1], -1, "<i4"), *cells.astype("<i4")]
 
 
-def _tokens(prompt: m.Prompt) -> list[int]:
-    tokens: list[int] = []
+def _tokens(prompt: m.Prompt) -> Any:
+    """[P] int32."""
+    parts = [np.empty(0, "<i4")]
     for chunk in prompt.chunks:
         if chunk.type != "encoded_text":
-            raise InvalidRequest(f"prompt: {chunk.type} is not served; the model reads text only.")
-        tokens += chunk.tokens
-    if not tokens:
+            raise InvalidRequest(f"prompt: {shown(chunk.type)} is not served; the model reads text only.")
+        parts.append(np.asarray(chunk.tokens, "<i4"))
+    tokens = np.concatenate(parts)
+    if not tokens.size:
         raise InvalidRequest("prompt has no tokens.")
     return tokens
 

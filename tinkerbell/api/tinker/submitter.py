@@ -13,7 +13,7 @@ from tinkerbell.api.tinker import wire_pb2 as pb
 from tinkerbell.api.tinker.base import SEED_BITS, check_base_model, check_optimizer, seed_of
 from tinkerbell.api.tinker.checkpoints import CheckpointSubmitting
 from tinkerbell.api.tinker.sessions import SessionSubmitting
-from tinkerbell.errors import InvalidRequest
+from tinkerbell.errors import InvalidRequest, shown
 from tinkerbell.events import kinds
 from tinkerbell.types import AdamParams, LoraConfig, ModelInfo, SamplerId
 
@@ -26,7 +26,6 @@ class TinkerSubmitter(CheckpointSubmitting, SessionSubmitting):
 
     async def create_model(self, body: m.CreateModel) -> m.Submitted:
         """A new adapter with the id `<session>:train:<n>`."""
-        self._require_small()
         model_id = names.model_id(names.session_id(body.session_id), body.model_seq_id)
 
         def draft(model: ModelInfo) -> Draft:
@@ -79,7 +78,7 @@ class TinkerSubmitter(CheckpointSubmitting, SessionSubmitting):
         """One AdamW step."""
         if body.adam_params is None:
             named = (body.optimizer_params or {}).get("type", "none")
-            raise InvalidRequest(f"optim_step: adam_params are needed; the optimizer {named!r} is not served.")
+            raise InvalidRequest(f"optim_step: adam_params are needed; the optimizer {shown(named)} is not served.")
         adam = body.adam_params
         params = AdamParams(
             learning_rate=adam.learning_rate,
@@ -122,9 +121,9 @@ class TinkerSubmitter(CheckpointSubmitting, SessionSubmitting):
         sparse = tensor is not None and tensor.sparse_crow_indices is not None
 
         def draft(model: ModelInfo) -> Draft:
-            asked = sampling.request(body, model)
-            tokens = asked.prompt
             limits = self._context.settings.limits
+            asked = sampling.request(body, model, limits.max_output_bytes)
+            tokens = asked.prompt
             prompt = validation.prompt(asked, model, limits.max_request_tokens)
             targets = validation.prompt_targets(asked, model)
             validation.sample_outputs(asked, model, limits.max_output_bytes)
@@ -157,6 +156,6 @@ class TinkerSubmitter(CheckpointSubmitting, SessionSubmitting):
         """The scheduler is told, unless it was or the answer is there."""
         row = await self._prepared(self.request, text)
         if row.kind != "sample":
-            raise InvalidRequest(f"The request {text!r} is of kind {row.kind}; only samples can be cancelled.")
+            raise InvalidRequest(f"The request {shown(text)} is of kind {row.kind}; only samples can be cancelled.")
         if row.state == "pending":
             await self._write(self._event(kinds.SampleCancelled(request=row.id), f"tinker:cancel:{row.id}"))

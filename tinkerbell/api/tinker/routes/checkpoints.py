@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from litestar import Request, Router, delete, get, post, put
+from litestar import Router, delete, get, post, put
 from litestar.di import NamedDependency, Provide
 from litestar.params import FromPath, JSONBody
 from litestar.response import Response
@@ -113,33 +113,38 @@ async def set_ttl(
 
 @get("/external_weights_urls")
 async def external_weights_urls(
-    request: Request[Any, Any, Any], checkpoint: NamedDependency[CheckpointRow], context: NamedDependency[Context]
+    request: ApiRequest, checkpoint: NamedDependency[CheckpointRow], context: NamedDependency[Context]
 ) -> dict[str, Any]:
-    """Addresses of a PEFT directory's files; whoever has one can fetch it until it expires."""
+    """Addresses of a PEFT directory's files; whoever has one can fetch it until it expires, or the key is revoked that
+    asked for it."""
     if checkpoint.use != "external":
         raise InvalidRequest(
             f"{names.KINDS[checkpoint.use]} have no addresses; save_weights_external makes a checkpoint that has."
         )
-    expires_s = int(time.time()) + downloads.VALID_S
-    base = str(request.base_url).rstrip("/")
+    http, key_id = context.settings.http, request.user.key_id
+    expires_s = int(time.time() + http.download_valid_s)
+    base = (http.public_url or str(request.base_url)).rstrip("/")
 
     def read() -> dict[str, str]:
         files = archive.files_of(checkpoint, with_optimizer=False)
         context.store.require_blobs(files.values())
+        tickets = {file: downloads.Ticket(checkpoint.tenant, checkpoint.id, file, expires_s, key_id) for file in files}
         return {
-            file: f"{base}/api/v1/downloads/"
-            + downloads.issue(context.store, downloads.Ticket(checkpoint.tenant, checkpoint.id, file, expires_s))
-            for file in files
+            file: f"{base}/api/v1/downloads/{downloads.issue(context.store, ticket)}"
+            for file, ticket in tickets.items()
         }
 
     return {"urls": await context.read(checkpoint.tenant, read), "expires": rfc3339(expires_s * 1_000_000)}
 
 
 @get("/downloads/{ticket:str}", opt=PUBLIC)
-async def download(ticket: FromPath[str], context: NamedDependency[Context]) -> Response[bytes]:
+async def download(ticket: FromPath[str], request: ApiRequest, context: NamedDependency[Context]) -> Response[bytes]:
     """A file of a checkpoint."""
 
     found = await context.threads.gate.run(SYSTEM_TENANT, downloads.redeem, context.store, ticket)
+    if not await context.gate.still_valid(Principal(tenant=found.tenant, key_id=found.key_id, admin=False)):
+        raise NotFound("There is no such download.")
+    context.shares.enter(request.scope, found.tenant, found.key_id, None)
 
     def read() -> bytes:
         row = context.store.queries.checkpoint(found.tenant, found.checkpoint)

@@ -11,6 +11,7 @@ from litestar.params import JSONBody
 
 from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context
+from tinkerbell.api.shares import POLL
 from tinkerbell.api.tinker import codec, names, reading
 from tinkerbell.api.tinker import messages as m
 from tinkerbell.api.tinker.dependencies import Submit
@@ -27,7 +28,7 @@ SPAN = 20_000
 """of so many events of the log."""
 
 
-@post("/retrieve_future", status_code=200)
+@post("/retrieve_future", status_code=200, opt=POLL)
 async def retrieve_future(
     data: JSONBody[m.RetrieveFuture], context: NamedDependency[Context], principal: NamedDependency[Principal]
 ) -> Response[Any]:
@@ -45,7 +46,7 @@ async def retrieve_future(
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
-@post("/retrieve_futures", status_code=200)
+@post("/retrieve_futures", status_code=200, opt=POLL)
 async def retrieve_futures(
     data: JSONBody[m.RetrieveFutures],
     context: NamedDependency[Context],

@@ -1,5 +1,6 @@
 """Configuration of clients, capabilities, sessions, telemetry."""
 
+import re
 from typing import Any
 
 from litestar import Router, get, post
@@ -16,6 +17,8 @@ from tinkerbell.errors import InvalidRequest
 
 OLDEST = (0, 25)
 """Before it the SDK spoke JSON only."""
+
+_RELEASE = re.compile(r"([0-9]{1,6})\.([0-9]{1,6})(\.|$)")
 
 MAX_CONCURRENT_SAMPLES = 256
 """Each one that a client waits for holds a connection."""
@@ -102,10 +105,8 @@ async def telemetry() -> dict[str, str]:
 
 def _version(text: str) -> tuple[int, int] | None:
     """(major, minor); None for what is no release."""
-    parts = text.split(".")
-    if len(parts) < 2 or not (parts[0].isdigit() and parts[1].isdigit()):
-        return None
-    return int(parts[0]), int(parts[1])
+    match = _RELEASE.match(text)
+    return None if match is None else (int(match[1]), int(match[2]))
 
 
 router = Router(

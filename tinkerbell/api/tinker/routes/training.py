@@ -10,12 +10,12 @@ from litestar.params import JSONBody
 from tinkerbell.api import validation
 from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context
-from tinkerbell.api.requests import ApiRequest
-from tinkerbell.api.tinker import codec
+from tinkerbell.api.requests import CARRIES_DATA, ApiRequest
+from tinkerbell.api.tinker import codec, protobuf
 from tinkerbell.api.tinker import messages as m
 from tinkerbell.api.tinker.base import base_model
 from tinkerbell.api.tinker.dependencies import Submit
-from tinkerbell.errors import InvalidRequest
+from tinkerbell.errors import InvalidRequest, shown
 
 
 @post("/create_model", status_code=200)
@@ -46,7 +46,7 @@ async def get_info(
     }
 
 
-@post("/forward_backward", status_code=200)
+@post("/forward_backward", status_code=200, opt=CARRIES_DATA)
 async def forward_backward(
     request: ApiRequest, context: NamedDependency[Context], submit: NamedDependency[Submit]
 ) -> m.Submitted:
@@ -57,15 +57,15 @@ async def forward_backward(
             status_code=415,
             detail=f"Send the body as {codec.MEDIA_TYPE}, not {media_type or 'untyped'}; tinker>=0.25 does.",
         )
-    raw = await request.body()
+    raw, submits, tenant = await request.body(), context.threads.submits, request.user.tenant
     encoding = request.headers.get("content-encoding", "identity")
     if encoding == "zstd":
-        raw = await context.threads.submits.run(
-            request.user.tenant, codec.decompress, raw, context.settings.limits.max_body_bytes
-        )
+        compressed_bytes = len(raw)
+        raw = await submits.run(tenant, protobuf.decompress, raw, context.settings.limits.max_body_bytes)
+        context.shares.hold_bytes(request.scope, compressed_bytes + len(raw))
     elif encoding != "identity":
-        raise HTTPException(status_code=415, detail=f"The content-encoding {encoding!r} is not zstd.")
-    body = codec.forward_backward(raw)
+        raise HTTPException(status_code=415, detail=f"The content-encoding {shown(encoding)} is not zstd.")
+    body = await submits.run(tenant, protobuf.forward_backward, raw)
     return await submit(f"{body.model_id}:{body.seq_id}").forward_backward(body)
 
 
