@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.api_driver import ApiDriver, answer, problem, record_environment
 from tests.support.tinker_driver import OWNER, Tinker
+from tinkerbell.api.submitting import MAX_SAVES_AT_ONCE
 from tinkerbell.config import Settings
 from tinkerbell.errors import NameTaken, NotFound
 from tinkerbell.events import kinds
@@ -107,6 +108,20 @@ def test_overwriting_at_once_leaves_one(api: ApiDriver) -> None:
     api.store.check()
 
 
+def test_many_overwriting_saves_wait_for_one_another(api: ApiDriver) -> None:
+    tinker = Tinker(api)
+    model = tinker.model()
+    body = {"model_id": model, "path": "one", "overwrite": True}
+    for seq in range(MAX_SAVES_AT_ONCE):
+        tinker.ok("save_weights", **body, seq_id=1 + seq)
+    found = tinker.post("save_weights", **body, seq_id=100)
+    assert found.status_code == 429 and int(found.headers["Retry-After"]) >= 1
+    assert tinker.post("save_weights", **body, seq_id=1).status_code == 200, "one that was accepted is asked again"
+    answer_all(api)
+    tinker.saved(model, 100, "one", overwrite=True)
+    assert [row.deleted for row in api.store.queries.checkpoints(OWNER)] == [True] * MAX_SAVES_AT_ONCE + [False]
+
+
 def test_what_an_overwriting_save_does_not_make_it_does_not_take(api: ApiDriver) -> None:
     tinker = Tinker(api)
     model = tinker.model()
@@ -128,6 +143,32 @@ def test_an_expired_checkpoint_gives_its_name_up(api: ApiDriver) -> None:
     api.store.append(kinds.NewEvent(event=expired, tenant=OWNER, stream=f"tenant/{OWNER}"))
     tinker.saved(model, 2, "one")
     assert len(tinker.call("GET", f"training_runs/{model}/checkpoints").json()["checkpoints"]) == 1
+
+
+def test_what_older_releases_saved_under_one_name_is_deleted_together(api: ApiDriver) -> None:
+    tinker, store = Tinker(api), api.store
+    model = tinker.model()
+    tinker.saved(model, 1, "one")
+    again = tinker.ok("save_weights", model_id=model, seq_id=2, path="one", overwrite=True)["request_id"]
+    asked = store.get(int(again))
+    assert asked is not None and isinstance(asked.event, kinds.SaveRequested)
+    # They did not say what a save replaces.
+    (first,) = store.queries.checkpoints(OWNER)
+    older = kinds.SaveCompleted(
+        checkpoint=asked.event.checkpoint,
+        name="one",
+        step=0,
+        lora=first.lora,
+        num_bytes=1,
+        state_digest=first.state_digest,
+    )
+    store.append(
+        kinds.NewEvent(event=older, tenant=OWNER, stream=asked.stream, adapter=model, causation=asked.position)
+    )
+    assert [row.deleted for row in store.queries.checkpoints(OWNER)] == [False, False]
+    assert tinker.call("DELETE", f"training_runs/{model}/checkpoints/weights/one").status_code == 204
+    assert [row.deleted for row in store.queries.checkpoints(OWNER)] == [True, True]
+    tinker.saved(model, 3, "one")
 
 
 def test_names_of_v1(api: ApiDriver) -> None:

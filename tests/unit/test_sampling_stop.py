@@ -157,7 +157,7 @@ def check_against_the_whole(kind: str, prompt: list[int], tokens: list[int], sto
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_a_stop_is_found_where_decoding_all_tokens_finds_it(kind: str, data: st.DataObject) -> None:
     """In any tokens, also of half characters and of none; the stop texts are parts of what they spell, and others."""

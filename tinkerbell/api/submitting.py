@@ -17,7 +17,7 @@ import msgspec
 from tinkerbell.api import admission, bodies, idempotency, validation
 from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context, Held
-from tinkerbell.errors import InvalidRequest, NameTaken, NotFound, Unavailable, UserError
+from tinkerbell.errors import InvalidRequest, NameTaken, NotFound, TooManyRequests, Unavailable, UserError
 from tinkerbell.events import kinds
 from tinkerbell.events.base_models import base_model_of, require_same
 from tinkerbell.events.names import SavedName, living
@@ -29,6 +29,10 @@ RECENT_S = 60.0
 
 _OF_SAMPLERS = ("sample", "remove_lora")
 """Kinds of requests to the adapter of a sampler."""
+
+MAX_SAVES_AT_ONCE = 32
+"""Under one name."""
+SAVE_RETRY_S = 1.0
 
 OVERWRITES = 8
 """Times that a save which overwrites is asked, while others save under the same name at once."""
@@ -187,8 +191,15 @@ class Submitting:
         )
 
     def holders(self, name: SavedName) -> tuple[CheckpointId, ...]:
-        """What a save that overwrites replaces."""
-        return tuple(sorted(living(self._context.store.queries.name_holders(name), time.time_ns() // 1000)))
+        """What a save that overwrites replaces. Raises TooManyRequests where many of the kind are under way: each names
+        all before it."""
+        found = self._context.store.queries.name_holders(name)
+        if sum(not holder.saved for holder in found.values()) >= MAX_SAVES_AT_ONCE:
+            raise TooManyRequests(
+                f"{MAX_SAVES_AT_ONCE} saves under the name {name.name!r} are under way; wait for one.",
+                retry_after_s=SAVE_RETRY_S,
+            )
+        return tuple(sorted(living(found, time.time_ns() // 1000)))
 
     async def save_named(self, save: Callable[[], Awaitable[T]], *, overwrite: bool) -> T:
         """What a save gives; one that overwrites is asked again where another one took the name since its draft.

@@ -5,7 +5,7 @@ from collections.abc import Collection
 import sqlalchemy as sa
 
 from tinkerbell.events import kinds
-from tinkerbell.events.names import Holders, SavedName, name_of
+from tinkerbell.events.names import Holder, Holders, SavedName, name_of
 from tinkerbell.events.reading import at_positions
 from tinkerbell.events.tables import PENDING, checkpoints, futures
 
@@ -22,10 +22,10 @@ def holders(connection: sa.Connection, names: Collection[SavedName]) -> dict[Sav
     )
     for id_, adapter, use, name, expires_us in connection.execute(saved):
         if (key := SavedName(adapter, use, name)) in found:
-            found[key][id_] = expires_us
+            found[key][id_] = Holder(saved=True, expires_us=expires_us)
     asked = sa.select(f.id).where(f.adapter.in_(adapters), f.kind == "save", sa.text(PENDING))
     for recorded in at_positions(connection, connection.execute(asked).scalars().all()):
         wanted = name_of(recorded.event, recorded.adapter)
         if wanted in found and isinstance(recorded.event, kinds.SaveRequested):
-            found[wanted][recorded.event.checkpoint] = None
+            found[wanted][recorded.event.checkpoint] = Holder(saved=False, expires_us=None)
     return found

@@ -14,8 +14,16 @@ class SavedName(NamedTuple):
     name: str
 
 
-Holders = dict[CheckpointId, int | None]
-"""Checkpoints that have a name -> microseconds since 1970 at which they expire; None: never, or not saved yet."""
+class Holder(NamedTuple):
+    """How a checkpoint has a name."""
+
+    saved: bool
+    """Otherwise its save is under way."""
+    expires_us: int | None
+    """Microseconds since 1970; None: never."""
+
+
+Holders = dict[CheckpointId, Holder]
 
 
 def name_of(event: kinds.AnyRead, adapter: AdapterId | None) -> SavedName | None:
@@ -27,4 +35,4 @@ def name_of(event: kinds.AnyRead, adapter: AdapterId | None) -> SavedName | None
 
 def living(found: Holders, now_us: int) -> set[CheckpointId]:
     """Those that have not expired."""
-    return {id_ for id_, expires_us in found.items() if expires_us is None or now_us < expires_us}
+    return {id_ for id_, each in found.items() if each.expires_us is None or now_us < each.expires_us}

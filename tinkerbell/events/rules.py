@@ -23,7 +23,7 @@ from tinkerbell.events import kinds
 from tinkerbell.events.chain import GENESIS, link
 from tinkerbell.events.codec import Prepared
 from tinkerbell.events.kinds import NewEvent, Recorded
-from tinkerbell.events.names import living, name_of
+from tinkerbell.events.names import Holder, living, name_of
 from tinkerbell.events.projections import Cause, cause_of
 from tinkerbell.events.state import AdapterFacts, CheckpointFacts, LeaseFacts, Original, SessionFacts, State, StreamHead
 
@@ -79,7 +79,7 @@ def admit(state: State, prepared: Prepared, blobs: dict[str, bytes], now_us: int
         case kinds.SessionStarted() | kinds.SessionEnded() as event:
             state.sessions[event.session] = SessionFacts(new.tenant, isinstance(event, kinds.SessionEnded))
         case kinds.SaveRequested() as event if (name := name_of(event, new.adapter)) is not None:
-            state.names[name] = state.names.get(name, {}) | {event.checkpoint: None}
+            state.names[name] = state.names.get(name, {}) | {event.checkpoint: Holder(saved=False, expires_us=None)}
         case kinds.SaveCompleted() as event:
             gone = CheckpointFacts(new.tenant, deleted=True, expires_us=None)
             state.checkpoints.update(dict.fromkeys(event.replaces, gone))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tinkerbell.losses.registry import LossResult
+from tinkerbell.losses.registry import LossResult, weights_of
 
 
 def cross_entropy(
@@ -20,6 +20,6 @@ def cross_entropy(
     targets of a token as their weights it is the cross-entropy of the two, of these targets. Source: Goodfellow, Bengio
     & Courville 2016, Deep Learning, section 6.2.1.1.
     """
-    weights = inputs["weights"]
+    weights = weights_of(logprobs, inputs)
     loss = -(weights * logprobs).sum()
     return loss, {"num_tokens": torch.tensor(float(len(logprobs))), "weight_sum": weights.sum()}

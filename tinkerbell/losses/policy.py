@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tinkerbell.losses.registry import LossResult
+from tinkerbell.losses.registry import LossResult, weights_of
 
 
 def importance_sampling(
@@ -22,7 +22,7 @@ def importance_sampling(
     Source: Degris, White & Sutton 2012, Off-Policy Actor-Critic, arXiv 1205.4839, equation 5.
     """
     ratio = torch.exp(logprobs - inputs["logprobs"])
-    weights = inputs["weights"]
+    weights = weights_of(logprobs, inputs)
     loss = -(weights * ratio * inputs["advantages"]).sum()
     return loss, _policy_metrics(logprobs, inputs, ratio, weights)
 
@@ -36,7 +36,7 @@ def ppo(
     Source: Schulman et al. 2017, Proximal Policy Optimization, arXiv 1707.06347, equation 7.
     """
     ratio = torch.exp(logprobs - inputs["logprobs"])
-    advantages, weights = inputs["advantages"], inputs["weights"]
+    advantages, weights = inputs["advantages"], weights_of(logprobs, inputs)
     low, high = config["clip_low_threshold"], config["clip_high_threshold"]
     plain = ratio * advantages
     clipped = ratio.clamp(low, high) * advantages
@@ -54,7 +54,7 @@ def cispo(
     Source: MiniMax 2025, MiniMax-M1, arXiv 2506.13585, equations 4 and 5.
     """
     ratio = torch.exp(logprobs - inputs["logprobs"])
-    advantages, weights = inputs["advantages"], inputs["weights"]
+    advantages, weights = inputs["advantages"], weights_of(logprobs, inputs)
     clipped = ratio.detach().clamp(config["clip_low_threshold"], config["clip_high_threshold"])
     loss = -(weights * clipped * advantages * logprobs).sum()
     metrics = _policy_metrics(logprobs, inputs, ratio, weights)
@@ -70,7 +70,7 @@ def dro(
 
     Source: Richemond et al. 2024, Offline Regularised Reinforcement Learning for LLMs, arXiv 2405.19107, section 3.
     """
-    advantages, weights = inputs["advantages"], inputs["weights"]
+    advantages, weights = inputs["advantages"], weights_of(logprobs, inputs)
     away = logprobs - inputs["logprobs"]
     loss = -(weights * (advantages * logprobs - config["beta"] / 2 * away**2)).sum()
     return loss, _policy_metrics(logprobs, inputs, torch.exp(away), weights)
@@ -91,7 +91,7 @@ def gspo(
     counts = [part.sum() for part in torch.split(mask, list(lengths))]
     means = [part.sum() / count if count > 0 else part.sum() * 0 for part, count in zip(away, counts, strict=True)]
     ratio = torch.cat([mean.exp().expand(length) for mean, length in zip(means, lengths, strict=True)])
-    advantages, weights = inputs["advantages"], mask * inputs["weights"]
+    advantages, weights = inputs["advantages"], mask * weights_of(logprobs, inputs)
     plain = ratio * advantages
     clipped = ratio.clamp(config["clip_low_threshold"], config["clip_high_threshold"]) * advantages
     loss = -(weights * torch.minimum(plain, clipped)).sum()

@@ -18,8 +18,7 @@ LossResult = tuple[Tensor, dict[str, Tensor]]
 """(scalar loss, scalar metrics). Both are sums over tokens, so that micro-batches add."""
 
 LossFunction = Callable[[Tensor, Mapping[str, Tensor], Mapping[str, float], Sequence[int]], LossResult]
-"""(logprobs [N] that require a gradient, inputs name -> [N], the optional ones too, config, tokens of each sequence)
--> LossResult."""
+"""(logprobs [N] that require a gradient, inputs name -> [N], config, tokens of each sequence) -> LossResult."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +79,6 @@ def evaluate(loss: Loss, logprobs: Tensor, inputs: Mapping[str, Tensor], lengths
     """
     leaf = logprobs.detach().double().requires_grad_(True)
     wide = {name: array.double() for name, array in inputs.items()}
-    for name, default in loss.signature.optional.items():
-        wide.setdefault(name, torch.full_like(leaf, default, requires_grad=False))
     if "logprobs" in wide:
         wide["logprobs"] = _without_fillers(loss.signature, leaf.detach(), wide)
     with torch.enable_grad():
@@ -100,5 +97,11 @@ def _without_fillers(signature: LossSignature, logprobs: Tensor, inputs: Mapping
     policy = inputs["logprobs"]
     masked = torch.zeros_like(policy, dtype=torch.bool)
     for name in signature.masked_by:
-        masked |= inputs[name] == 0
+        if name in inputs:
+            masked |= inputs[name] == 0
     return torch.where(masked & torch.exp(logprobs - policy).isinf(), 0.0, policy)
+
+
+def weights_of(logprobs: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """[N] weight of each token: the input `weights`, or ones."""
+    return inputs["weights"] if "weights" in inputs else torch.ones_like(logprobs, requires_grad=False)

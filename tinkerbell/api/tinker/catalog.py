@@ -10,6 +10,7 @@ from tinkerbell.api.context import Context
 from tinkerbell.api.tinker import names, reading
 from tinkerbell.api.tinker.base import base_model, named_by, usable_at
 from tinkerbell.api.views import rfc3339
+from tinkerbell.events.names import SavedName
 from tinkerbell.events.queries import Queries
 from tinkerbell.events.rows import AdapterRow, CheckpointRow
 
@@ -82,10 +83,16 @@ class Catalog:
         path = names.parse_path(f"tinker://{run_id}/{kind}/{name}")
         return usable_at(self._queries, self._tenant, path)
 
-    def last_at(self, run_id: str, kind: str, name: str) -> CheckpointRow:
-        """As `at`, deleted and expired ones too."""
+    def all_at(self, run_id: str, kind: str, name: str) -> list[CheckpointRow]:
+        """Those that can be used of all that have the path; older releases let several have one. Raises NotFound where
+        none ever had it, InvalidRequest."""
         path = names.parse_path(f"tinker://{run_id}/{kind}/{name}")
-        return named_by(self._queries, self._tenant, path)
+        last = named_by(self._queries, self._tenant, path)
+        ids = [last.id]
+        if last.name is not None:
+            ids = [id for id, holder in self._queries.name_holders(SavedName(*path)).items() if holder.saved]
+        rows = [self._queries.checkpoint(self._tenant, id) for id in ids]
+        return [row for row in rows if row is not None and row.is_usable(now_us())]
 
 
 def _listed(row: CheckpointRow | None) -> dict[str, Any] | None:

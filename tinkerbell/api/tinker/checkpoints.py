@@ -1,6 +1,6 @@
 """Saving, loading, copying and changing checkpoints, as the tinker protocol asks for it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -204,7 +204,6 @@ class CheckpointSubmitting(TinkerSubmitting):
         self,
         row: CheckpointRow,
         *,
-        deleted: bool = False,
         published: bool | None = None,
         expires_us: int | msgspec.UnsetType | None = msgspec.UNSET,
     ) -> None:
@@ -213,6 +212,16 @@ class CheckpointSubmitting(TinkerSubmitting):
             checkpoint=row.id,
             expires_us=row.expires_us if isinstance(expires_us, msgspec.UnsetType) else expires_us,
             published=row.published if published is None else published,
-            deleted=deleted,
         )
         await self._write(self._event(changed, self._caller.idempotency_key))
+
+    async def delete_checkpoints(self, rows: Sequence[CheckpointRow]) -> None:
+        """Together. A retry, also after others were saved under their name, deletes nothing."""
+        changes = [
+            kinds.CheckpointChanged(checkpoint=row.id, expires_us=row.expires_us, published=row.published, deleted=True)
+            for row in rows
+        ]
+        if changes:
+            *first, last = changes
+            key = self._caller.idempotency_key
+            await self._write(*(self._event(change, None) for change in first), self._event(last, key))

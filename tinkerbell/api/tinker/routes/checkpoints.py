@@ -81,9 +81,7 @@ async def delete_checkpoint(
     change: NamedDependency[TinkerSubmitter],
 ) -> None:
     """Nobody can use it from now on; `tinkerbell db compact` frees its bytes. Asked again, nothing more happens."""
-    last = await ask(context, principal, lambda catalog: catalog.last_at(run_id, kind, name))
-    if last.is_usable(now_us()):
-        await change.change_checkpoint(last, deleted=True)
+    await change.delete_checkpoints(await ask(context, principal, lambda catalog: catalog.all_at(run_id, kind, name)))
 
 
 @post("/publish", status_code=204)
