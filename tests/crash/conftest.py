@@ -35,7 +35,7 @@ def make_sqlite(tmp_path: Path, sqlite_template: Path) -> MakeSettings:
     return sqlite_maker(tmp_path, sqlite_template)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def counted(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path) -> Counted:
     """With the fake executor. Which lines there are and what is answered does not depend on the database."""
     directory = tmp_path_factory.mktemp("counted")

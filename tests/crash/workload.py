@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import msgspec
 
 from tests.crash.history import History, Recorder
+from tests.support import waiting
 from tinkerbell import wire
 from tinkerbell.sdk import Client, Datum, Future
 from tinkerbell.sdk.retry import RetryPolicy
 
 NUM_CLIENTS = 3
-PATIENCE_S = 60.0
-"""How long a client waits for one answer; longer than any number of crashes takes."""
+PATIENCE_S = 5 * waiting.PATIENCE_S
+"""How long a client waits for one answer; longer than any number of crashes and starts takes on a slow machine."""
 RETRY = RetryPolicy(give_up_after_s=PATIENCE_S, first_delay_s=0.05, longest_delay_s=0.3)
 
 Answers = list[object]
