@@ -21,9 +21,20 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_pending_requests: Count = 1024
     """Per tenant."""
     max_pending_tokens: Count = 4_000_000
-    """Per tenant."""
+    """Per tenant; those that may be sampled count."""
     max_adapters: Count = 256
-    """Living adapters per tenant."""
+    """Living adapters per tenant, without those that samplers read."""
+    max_adapter_bytes: Count = 64 * 1024**3
+    """Per tenant, of what its living adapters take in the executor, those of samplers included: 16 bytes for each
+    parameter."""
+    max_sessions: Count = 1000
+    """Open sessions of the tinker protocol per tenant."""
+    max_samplers: Count = 10_000
+    """Samplers of open sessions per tenant."""
+    max_checkpoints: Count = 10_000
+    """Saved and neither deleted nor expired, per tenant."""
+    max_stored_bytes: Count = 256 * 1024**3
+    """Per tenant, of all that the log keeps of it: events, data and results, checkpoints and recovery points."""
     max_request_tokens: Count = 1_000_000
     """In one request."""
     max_output_bytes: Count = 16 * 1024 * 1024

@@ -15,6 +15,7 @@
     │   │   ├── Erased                      with its tenant
     │   │   └── Compacted                   by `tinkerbell db compact`
     │   ├── TooLarge                   413
+    │   │   └── QuotaExceeded               more than the tenant may have
     │   └── TooManyRequests            429  carries retry_after_s and place
     └── ServerError                    whoever runs the server can mend it (category server)
         ├── Unavailable                503
@@ -164,6 +165,12 @@ class TooLarge(UserError):
 
     slug = "too-large"
     status = 413
+
+
+class QuotaExceeded(TooLarge):
+    """This is more than you may have."""
+
+    slug = "quota-exceeded"
 
 
 class TooManyRequests(UserError):

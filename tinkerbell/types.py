@@ -270,6 +270,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     hash: str = ""
     """Names the weights and how they are used, wherever the model lies and whatever it is called. Empty: recorded by an
     older release, or by an executor that does not say."""
+    parameters_per_rank: dict[str, int] = {}
+    """Target -> parameters that a LoRA of rank 1 has on all layers of that name; empty: it does not go by these."""
 
     def room(self, num_prompt_tokens: int) -> int:
         """How many tokens may follow a prompt of so many: the rest of the longest sequence, and one where that is full,

@@ -370,6 +370,21 @@ class Queue(msgspec.Struct, frozen=True, kw_only=True):
     """Head of the log."""
 
 
+class Quota(msgspec.Struct, frozen=True, kw_only=True):
+    """How much there is of one thing, and may be."""
+
+    used: int
+    limit: int
+
+
+class Quotas(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /v1/limits: what you have of everything that is limited."""
+
+    tenant: str
+    quotas: dict[str, Quota]
+    """By name, as in the setting `limits.max_<name>` and in a problem's `quota`."""
+
+
 class LogEvent(msgspec.Struct, frozen=True, kw_only=True):
     """One event of your log, as GET /v1/events streams it."""
 

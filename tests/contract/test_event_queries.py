@@ -39,14 +39,14 @@ def test_futures_and_queues(store: EventStore) -> None:
     assert q.future("alice", 2) is None, "a result is no future"
     assert [r.id for r in q.pending()] == [first.position, second.position, bobs.position]
     assert [r.id for r in q.pending("alice")] == [first.position, second.position]
-    assert q.pending_count("alice") == (2, 5) and q.pending_count("nobody") == (0, 0)
+    assert q.pending_count("alice") == (2, 9) and q.pending_count("nobody") == (0, 0)
     assert (q.place("alice", first.position), q.place("alice", second.position)) == (0, 1)
     (done,) = store.append(log.forward_backward_completed(first, cost_us=70))
     row = q.future("alice", first.position)
     assert row is not None and (row.state, row.result_position, row.cost_us) == ("completed", done.position, 70)
     assert row.done_us == done.at_us
     assert q.place("alice", second.position) == 0
-    assert q.pending_count("alice") == (1, 2)
+    assert q.pending_count("alice") == (1, 6)
     store.append(log.sample_completed(bobs), log.failed(second))
     row = q.future("alice", second.position)
     assert row is not None and row.state == "failed"
@@ -92,7 +92,7 @@ def test_keys_tenants_and_environment(store: EventStore) -> None:
     key = q.key("k_one")
     assert key is not None and key.tenant == "alice" and key.revoked_us is not None and key.admin is False
     assert q.key("k_two") is None and q.keys("bob") == [] and q.keys() == [key]
-    assert q.tenant("alice") == TenantRow(tenant="alice", weight=2.0, max_adapters=3)
+    assert q.tenant("alice") == TenantRow(tenant="alice", weight=2.0, max_adapters=30)
     found = q.environment()
     assert found is not None and found.model == log.MODEL and q.environment() is found
     newer = kinds.EnvironmentRecorded(digest="00", executor="fake", exact=True, model=log.MODEL, facts={})

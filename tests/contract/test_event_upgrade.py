@@ -22,12 +22,15 @@ def older(database_settings: Settings) -> Settings:
     store.close()
     engine = make_engine(database_settings.url, role="writer")
     with engine.begin() as connection:
-        for table in ("totals", "bills"):
+        for table in ("totals", "bills", "lines", "stored"):
             connection.exec_driver_sql(f"DROP TABLE {table}")
         indexes = {name for name in NEW if not name.startswith(("ix_totals", "ix_bills"))}
         for name in sorted(indexes):
             connection.exec_driver_sql(f"DROP INDEX {name}")
         connection.exec_driver_sql("ALTER TABLE adapters DROP COLUMN session")
+        connection.exec_driver_sql("ALTER TABLE futures DROP COLUMN reserved_tokens")
+        for name in ("adapter_bytes", "sessions", "samplers", "checkpoints", "stored_bytes"):
+            connection.exec_driver_sql(f"ALTER TABLE tenants DROP COLUMN max_{name}")
         for name, (table, column) in OLD.items():
             connection.exec_driver_sql(f"CREATE INDEX {name} ON {table} ({column})")
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0006'")
@@ -45,6 +48,7 @@ NEW = {
     *("ix_adapters_session", "ix_adapters_tenant_created_us_id", "ix_adapters_models", "ix_adapters_living"),
     *("ix_checkpoints_saved", "ix_checkpoints_saved_of_adapter", "ix_checkpoints_named"),
     *("ix_checkpoints_kept", "ix_checkpoints_kept_of_adapter", "ix_sessions_tenant_created_us_id", "ix_sessions_open"),
+    *("ix_sessions_open_of_tenant", "ix_checkpoints_recovery"),
 }
 
 

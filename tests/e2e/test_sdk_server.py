@@ -227,6 +227,7 @@ def test_lists_and_bills(client: Client) -> None:
     kinds = {row.kind: row.num_requests for row in client.usage() if row.adapter_id == adapter.id}
     assert kinds == {"add_lora": 1, "forward_backward": 1, "sample": 1}
     assert client.queue().position > 0
+    assert client.limits().quotas["adapters"].limit > 0
     assert client.models()[0].name == "fake"
 
 

@@ -26,7 +26,7 @@ def live(store: EventStore) -> list[Recorded]:
     assert lease is not None
     fence = (lease.resource, lease.epoch)
     store.append(log.system(log.examples()["environment.recorded"][0], fence))
-    configured = kinds.TenantConfigured(weight=2.0, max_adapters=3)
+    configured = kinds.TenantConfigured(weight=2.0, max_adapters=30)
     key = kinds.KeyCreated(key_id="k_one", key_hash="00" * 32)
     store.append(
         NewEvent(event=configured, tenant="alice", stream="tenant/alice"),

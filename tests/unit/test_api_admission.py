@@ -5,11 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinkerbell.api import admission
-from tinkerbell.api.admission import Line, TenantLimits
+from tinkerbell.api.admission import Line
 from tinkerbell.config import Limits
-from tinkerbell.errors import Conflict, TooLarge, TooManyRequests
+from tinkerbell.errors import QuotaExceeded, TooManyRequests
+from tinkerbell.events.quotas import NAMES, Amounts, limits_of
 
-LIMITS = TenantLimits(pending_requests=10, pending_tokens=1000, adapters=3)
+LIMITS = Amounts(pending_requests=10, pending_tokens=1000)
 
 
 @pytest.mark.parametrize(
@@ -26,8 +27,9 @@ def test_a_limit_may_be_reached_and_not_passed(line: Line, tokens: int, fits: bo
 
 
 def test_a_tenants_own_limits_win() -> None:
-    limits = admission.limits_of(Limits(max_adapters=5), max_requests=0, max_tokens=None, max_adapters=None)
-    assert limits == TenantLimits(pending_requests=0, pending_tokens=Limits().max_pending_tokens, adapters=5)
+    limits = limits_of(Limits(max_adapters=5), {**dict.fromkeys(NAMES), "pending_requests": 0})
+    assert (limits.pending_requests, limits.adapters) == (0, 5)
+    assert limits.pending_tokens == Limits().max_pending_tokens
 
 
 def test_refusals_say_the_numbers() -> None:
@@ -42,7 +44,7 @@ def test_refusals_say_the_numbers() -> None:
 
 
 def test_what_can_never_fit_is_not_put_off() -> None:
-    assert isinstance(admission.refuse(LIMITS, Line(requests=0, tokens=0), 1001), TooLarge)
+    assert isinstance(admission.refuse(LIMITS, Line(requests=0, tokens=0), 1001), QuotaExceeded)
 
 
 def test_without_a_measured_speed_nothing_is_estimated() -> None:
@@ -58,9 +60,3 @@ def test_without_a_measured_speed_nothing_is_estimated() -> None:
 def test_advice_is_always_a_sane_number_of_seconds(requests: int, tokens: int, more: int, speed: float) -> None:
     line = Line(requests=requests, tokens=tokens, tokens_per_s=speed)
     assert admission.MIN_RETRY_S <= admission.retry_after_s(LIMITS, line, more) <= admission.MAX_RETRY_S
-
-
-def test_adapters() -> None:
-    admission.check_adapters(LIMITS, 2)
-    with pytest.raises(Conflict, match="3 adapters; the limit is 3"):
-        admission.check_adapters(LIMITS, 3)

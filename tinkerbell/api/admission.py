@@ -6,21 +6,13 @@ back; nothing is ever delayed in silence. Fairness between tenants is the schedu
 
 import msgspec
 
-from tinkerbell.config import Limits
-from tinkerbell.errors import Conflict, TooLarge, TooManyRequests
+from tinkerbell.errors import QuotaExceeded, TooManyRequests
+from tinkerbell.events.quotas import Amounts
 
 MIN_RETRY_S = 1.0
 MAX_RETRY_S = 60.0
 IDLE_RETRY_S = 10.0
 """Advice while nothing was finished lately, so that nothing can be estimated."""
-
-
-class TenantLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What one tenant may have at a time."""
-
-    pending_requests: int
-    pending_tokens: int
-    adapters: int
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,27 +24,17 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of this tenant's requests finished lately; 0 where none were."""
 
 
-def limits_of(
-    defaults: Limits, *, max_requests: int | None, max_tokens: int | None, max_adapters: int | None
-) -> TenantLimits:
-    """The tenant's own limits where it has any, the server's otherwise."""
-    return TenantLimits(
-        pending_requests=defaults.max_pending_requests if max_requests is None else max_requests,
-        pending_tokens=defaults.max_pending_tokens if max_tokens is None else max_tokens,
-        adapters=defaults.max_adapters if max_adapters is None else max_adapters,
-    )
-
-
-def fits(limits: TenantLimits, line: Line, tokens: int) -> bool:
+def fits(limits: Amounts, line: Line, tokens: int) -> bool:
     """Whether a request of `tokens` tokens has room."""
     return line.requests < limits.pending_requests and line.tokens + tokens <= limits.pending_tokens
 
 
-def refuse(limits: TenantLimits, line: Line, tokens: int) -> TooLarge | TooManyRequests:
+def refuse(limits: Amounts, line: Line, tokens: int) -> QuotaExceeded | TooManyRequests:
     """Why a request that does not fit is refused: never possible (413), or not now (429)."""
     if tokens > limits.pending_tokens:
-        return TooLarge(
-            f"The request has {tokens} tokens; your limit of pending tokens is {limits.pending_tokens}.",
+        return QuotaExceeded(
+            f"The request has {tokens} tokens, those to be sampled included; your limit of pending tokens is"
+            f" {limits.pending_tokens}.",
             num_tokens=tokens,
             limit=limits.pending_tokens,
         )
@@ -66,7 +48,7 @@ def refuse(limits: TenantLimits, line: Line, tokens: int) -> TooLarge | TooManyR
     return TooManyRequests(detail, retry_after_s=retry_after_s(limits, line, tokens), place=line.requests)
 
 
-def retry_after_s(limits: TenantLimits, line: Line, tokens: int) -> float:
+def retry_after_s(limits: Amounts, line: Line, tokens: int) -> float:
     """Seconds until the line is short enough at its recent speed, within [MIN_RETRY_S, MAX_RETRY_S]."""
     if line.tokens_per_s <= 0:
         return IDLE_RETRY_S
@@ -75,9 +57,3 @@ def retry_after_s(limits: TenantLimits, line: Line, tokens: int) -> float:
     mean_tokens = line.tokens / line.requests if line.requests else 0.0
     wait_s = max(tokens_over, requests_over * mean_tokens, 0.0) / line.tokens_per_s
     return min(max(wait_s, MIN_RETRY_S), MAX_RETRY_S)
-
-
-def check_adapters(limits: TenantLimits, living: int) -> None:
-    """Raises Conflict when one more adapter would be too many: waiting alone would not help."""
-    if living >= limits.adapters:
-        raise Conflict(f"You have {living} adapters; the limit is {limits.adapters}. Delete one first.")

@@ -23,6 +23,7 @@ from tinkerbell.api.routes import (
     events,
     futures,
     health,
+    limits,
     runs,
     sampling,
     training,
@@ -33,7 +34,7 @@ from tinkerbell.config import Settings
 from tinkerbell.errors import TinkerbellError
 from tinkerbell.events.store import EventStore
 
-V1 = (adapters, training, sampling, checkpoints, futures, events, runs)
+V1 = (adapters, training, sampling, checkpoints, futures, events, runs, limits)
 
 
 def create_app(

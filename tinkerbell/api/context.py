@@ -33,8 +33,6 @@ class Held(msgspec.Struct, frozen=True):
 
     requests: int = 0
     tokens: int = 0
-    adapters: int = 0
-    """New ones."""
 
 
 class InFlight:
@@ -49,9 +47,7 @@ class InFlight:
         """Count a request; what was held before it."""
         with self._lock:
             before = self._held.get(tenant, Held())
-            self._held[tenant] = Held(
-                before.requests + more.requests, before.tokens + more.tokens, before.adapters + more.adapters
-            )
+            self._held[tenant] = Held(before.requests + more.requests, before.tokens + more.tokens)
             return before
 
     def release(self, tenant: TenantId, less: Held) -> None:
@@ -59,9 +55,7 @@ class InFlight:
         with self._lock:
             held = self._held.pop(tenant)
             if held != less:
-                self._held[tenant] = Held(
-                    held.requests - less.requests, held.tokens - less.tokens, held.adapters - less.adapters
-                )
+                self._held[tenant] = Held(held.requests - less.requests, held.tokens - less.tokens)
 
 
 class Context:

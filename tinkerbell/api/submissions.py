@@ -32,7 +32,6 @@ class Submitter(Submitting):
                 lora = checkpoint.lora
             validation.lora(lora, model)
             return Draft(
-                adapters=1,
                 event=kinds.AddLoraRequested(
                     base_model=model.name,
                     base_hash=model.hash,
@@ -67,7 +66,8 @@ class Submitter(Submitting):
             if body.outputs is None:
                 return made
             limits = self._context.settings.limits
-            validation.outputs(body.outputs, made.tokens, model, limits.max_output_bytes)
+            num_tokens = sum(len(datum.tokens) for datum in body.data)
+            validation.outputs(body.outputs, num_tokens, model, limits.max_output_bytes)
             return msgspec.structs.replace(made, event=msgspec.structs.replace(made.event, outputs=body.outputs))
 
         return await self._for_adapter("forward", adapter, draft)
@@ -97,7 +97,6 @@ class Submitter(Submitting):
             return Draft(
                 event=kinds.SampleRequested(params=body.params, num_tokens=num_tokens),
                 body=kinds.SampleBody(prompt, targets),
-                tokens=num_tokens,
             )
 
         if adapter is None:
@@ -166,7 +165,6 @@ class Submitter(Submitting):
                 chunk_tokens=self._context.settings.chunk_tokens,
             ),
             body=kinds.ForwardBackwardBody(data),
-            tokens=num_tokens,
             expected_seq=body.seq,
         )
 

@@ -10,7 +10,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -18,7 +18,7 @@ from tinkerbell.api import admission, bodies, idempotency, validation
 from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context, Held
 from tinkerbell.errors import InvalidRequest, NameTaken, NotFound, TooManyRequests, Unavailable, UserError
-from tinkerbell.events import kinds
+from tinkerbell.events import kinds, quotas
 from tinkerbell.events.base_models import base_model_of, require_same
 from tinkerbell.events.names import SavedName, living
 from tinkerbell.events.rows import CheckpointRow
@@ -64,9 +64,6 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
     """What is written right before it, or not without it."""
 
     event: kinds.AnyRequest
-    tokens: int = 0
-    adapters: int = 0
-    """New ones."""
     body: kinds.Body | None = None
     expected_seq: int | None = None
     session: SessionId | None = None
@@ -113,11 +110,12 @@ class Submitting:
             keyed = caller.idempotency_key is not None
             hashed = (asked or self._request_hash(kind, path_id)) if keyed else None
             try:
-                made = draft(context.model())
-                held = Held(1, made.tokens, made.adapters)
+                model = context.model()
+                made = _sized(draft(model), model)
+                held = Held(1, quotas.reserved_tokens(made.event))
                 before = context.in_flight.hold(self._tenant, held)
                 try:
-                    place = self._admit(made, before)
+                    place = self._admit(held.tokens, before)
                     request = self._envelope(adapter, made, hashed)
                     accepted = context.store.submit_from(loop, *made.before, request)
                 except BaseException:
@@ -226,22 +224,15 @@ class Submitting:
         if trained_on is not None and environment is not None:
             require_same(what, trained_on, base_model_of(environment))
 
-    def _limits(self) -> admission.TenantLimits:
-        row = self._context.tenant(self._tenant)
-        return admission.limits_of(
-            self._context.settings.limits,
-            max_requests=row.max_pending_requests,
-            max_tokens=row.max_pending_tokens,
-            max_adapters=row.max_adapters,
-        )
+    def _admit(self, tokens: int, held: Held) -> int:
+        """The place in the tenant's line behind what is held already. Raises TooManyRequests, TooLarge.
 
-    def _admit(self, made: Draft, held: Held) -> int:
-        """The place in the tenant's line behind what is held already. Raises TooManyRequests, TooLarge, Conflict."""
-        queries, tokens = self._context.store.queries, made.tokens
-        limits = self._limits()
-        if made.adapters:
-            living = queries.num_living_models(self._tenant)
-            admission.check_adapters(limits, living + held.adapters)
+        An early word, with advice when to come back; what counts is said where the request is written.
+        """
+        context, queries = self._context, self._context.store.queries
+        row = context.tenant(self._tenant)
+        own = {name: getattr(row, f"max_{name}") for name in quotas.NAMES}
+        limits = quotas.limits_of(context.settings.limits, own)
         requests, pending_tokens = queries.pending_count(self._tenant)
         line = admission.Line(requests=requests + held.requests, tokens=pending_tokens + held.tokens)
         if not admission.fits(limits, line, tokens):
@@ -250,6 +241,18 @@ class Submitting:
             moving = msgspec.structs.replace(line, tokens_per_s=recent_tokens / RECENT_S)
             raise admission.refuse(limits, moving, tokens)
         return line.requests
+
+
+def _sized(made: Draft, model: ModelInfo) -> Draft:
+    """New adapters say how large they are: by the model, which the log does not know."""
+
+    def size(event: kinds.AnyEvent) -> Any:
+        if not isinstance(event, kinds.AddLoraRequested):
+            return event
+        return msgspec.structs.replace(event, num_parameters=validation.num_parameters(event.lora, model))
+
+    before = tuple(msgspec.structs.replace(new, event=size(new.event)) for new in made.before)
+    return msgspec.structs.replace(made, event=size(made.event), before=before)
 
 
 def new_id(prefix: str) -> str:

@@ -86,6 +86,12 @@ def lora(config: LoraConfig, model: ModelInfo) -> None:
             )
 
 
+def num_parameters(config: LoraConfig, model: ModelInfo) -> int:
+    """Of an adapter of this shape; 0 where the executor does not say what decides it."""
+    words = {word for target in config.targets for word in TARGET_PRESETS.get(target, (target,))}
+    return config.rank * sum(model.parameters_per_rank.get(word, 0) for word in words)
+
+
 def loss(spec: LossSpec) -> LossSignature:
     """The signature of a built-in loss whose settings are all known to it."""
     signature = BUILTIN_LOSSES.get(spec.name)

@@ -1,13 +1,23 @@
 """`tinkerbell tenants`: each tenant's share of the accelerator and its limits; erasing one."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+from msgspec import to_builtins
 
 from tinkerbell.cli.keys import TENANT
-from tinkerbell.cli.options import MAX_INTEGER, json_option, log_options, open_store, print_json, print_table
+from tinkerbell.cli.options import (
+    MAX_INTEGER,
+    json_option,
+    log_options,
+    open_store,
+    print_json,
+    print_table,
+    settings_of,
+)
 
 
 class Count(click.ParamType[int | str]):
@@ -23,6 +33,25 @@ DEFAULT = "default"
 """Gives a limit back to the server's settings."""
 COUNT = click.IntRange(min=0, max=MAX_INTEGER)
 LIMIT = Count()
+LIMITS = {
+    "pending_requests": "Requests that may wait",
+    "pending_tokens": "Tokens that may wait, those to be sampled included",
+    "adapters": "Living adapters",
+    "adapter_bytes": "Bytes that living adapters take in the executor",
+    "sessions": "Open sessions of the tinker protocol",
+    "samplers": "Samplers of open sessions",
+    "checkpoints": "Checkpoints that are kept",
+    "stored_bytes": "Bytes that the log keeps, with bodies and blobs",
+}
+"""Everything that is limited, and what it is."""
+
+
+def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--max-... for each limit."""
+    for name, help_ in reversed(LIMITS.items()):
+        option = f"--max-{name.replace('_', '-')}"
+        command = click.option(option, type=LIMIT, help=f"{help_}, or `default`: the server's setting.")(command)
+    return command
 
 
 @click.group()
@@ -42,36 +71,28 @@ def tenants() -> None:
     type=click.FloatRange(min=0.001, max=1000),
     help="Share of the accelerator, relative to others' 1.",
 )
-@click.option("--max-pending-requests", type=LIMIT, help="Requests that may wait, or `default`: the server's setting.")
-@click.option("--max-pending-tokens", type=LIMIT, help="Tokens that may wait, or `default`.")
-@click.option("--max-adapters", type=LIMIT, help="Living adapters, or `default`.")
+@limit_options
 @log_options
 @json_option
 def set_tenant(
     tenant: str,
     weight: float | None,
-    max_pending_requests: int | str | None,
-    max_pending_tokens: int | str | None,
-    max_adapters: int | str | None,
     config: Path | None,
     data_dir: str | None,
     database_url: str | None,
     as_json: bool,
+    **limits: int | str | None,
 ) -> None:
     """Set TENANT's share and limits; what is not named stays as it is.
 
     \b
     tinkerbell tenants set alice --weight 2 --max-pending-requests 200
+    tinkerbell tenants set alice --max-stored-bytes 10737418240
     tinkerbell tenants set alice --max-pending-requests default
     """
     from tinkerbell.events.kinds import NewEvent, TenantConfigured
 
-    given = {
-        "weight": weight,
-        "max_pending_requests": max_pending_requests,
-        "max_pending_tokens": max_pending_tokens,
-        "max_adapters": max_adapters,
-    }
+    given = {"weight": weight, **limits}
     if weight is not None and not math.isfinite(weight):
         raise click.UsageError("A weight is a finite number.")
     changes = {name: None if value == DEFAULT else value for name, value in given.items() if value is not None}
@@ -92,47 +113,68 @@ def set_tenant(
         click.echo(f"{tenant}: " + ", ".join(f"{name} = {value}" for name, value in shown.items()))
 
 
+@tenants.command()
+@click.argument("tenant", type=TENANT)
+@log_options
+@json_option
+def show(tenant: str, config: Path | None, data_dir: str | None, database_url: str | None, as_json: bool) -> None:
+    """Show what TENANT has of everything that is limited, and what it may have.
+
+    Limits that it has none of its own for are those of the settings given here: name the server's with --config.
+
+    \b
+    tinkerbell tenants show alice
+    """
+    settings = settings_of(config, data_dir=data_dir, database_url=database_url)
+    store = open_store(config, data_dir, database_url)
+    try:
+        row = store.queries.tenant(tenant)
+        holding = store.queries.holding(tenant, settings.limits)
+    finally:
+        store.close()
+    rows = [
+        {
+            "what": name,
+            "used": getattr(holding.used, name),
+            "limit": getattr(holding.limits, name),
+            "own": getattr(row, f"max_{name}") is not None,
+        }
+        for name in LIMITS
+    ]
+    if as_json:
+        print_json({"tenant": tenant, "weight": row.weight, "quotas": rows})
+    else:
+        columns = ("what", "used", "limit", "its own")
+        print_table(f"{tenant}, weight {row.weight:g}", columns, [tuple(each.values()) for each in rows])
+
+
 @tenants.command(name="list")
 @log_options
 @json_option
 def list_tenants(config: Path | None, data_dir: str | None, database_url: str | None, as_json: bool) -> None:
-    """List tenants with their shares, limits and what waits.
+    """List tenants with their shares and what they have of everything that is limited.
 
     \b
     tinkerbell tenants list --json
     """
+    settings = settings_of(config, data_dir=data_dir, database_url=database_url)
     store = open_store(config, data_dir, database_url)
     try:
-        rows = []
-        for name in store.queries.tenants():
-            row = store.queries.tenant(name)
-            requests, tokens = store.queries.pending_count(name)
-            rows.append(
-                {
-                    "tenant": name,
-                    "weight": row.weight,
-                    "max_pending_requests": row.max_pending_requests,
-                    "max_pending_tokens": row.max_pending_tokens,
-                    "max_adapters": row.max_adapters,
-                    "num_pending": requests,
-                    "pending_tokens": tokens,
-                }
-            )
+        found = [
+            (store.queries.tenant(name), store.queries.holding(name, settings.limits))
+            for name in store.queries.tenants()
+        ]
     finally:
         store.close()
     if as_json:
-        print_json(rows)
-    else:
-        columns = (
-            "tenant",
-            "weight",
-            "max requests",
-            "max tokens",
-            "max adapters",
-            "pending",
-            "pending tokens",
-        )
-        print_table("Tenants (empty: the server's default)", columns, [tuple(row.values()) for row in rows])
+        print_json([to_builtins(row) | {"used": holding.used} for row, holding in found])
+        return
+    columns = ("tenant", "weight", *(name.replace("_", " ") for name in LIMITS))
+    rows = [
+        (row.tenant, f"{row.weight:g}", *(f"{getattr(h.used, n):,} of {getattr(h.limits, n):,}" for n in LIMITS))
+        for row, h in found
+    ]
+    print_table("Tenants", columns, rows)
 
 
 @tenants.command()

@@ -50,11 +50,6 @@ class AdapterQueries(Querying):
         """How many there are."""
         return self._count(sa.select(sa.func.count()).where(t.adapters.c.tenant == tenant, sa.text(t.MODELS)))
 
-    def num_living_models(self, tenant: str) -> int:
-        """How many of them were not removed and did not fail."""
-        mine = t.adapters.c.tenant == tenant
-        return self._count(sa.select(sa.func.count()).where(mine, sa.text(t.LIVING), sa.text(t.MODELS)))
-
     def models_of(self, tenant: str, session: str) -> list[str]:
         """Ids of the tenant's adapters that a session made and that are no sampler's, oldest first."""
         c = t.adapters.c

@@ -23,7 +23,7 @@ import sqlalchemy as sa
 from sqlalchemy import RowMapping
 
 from tinkerbell.errors import Corrupt
-from tinkerbell.events import kinds, projections, storage
+from tinkerbell.events import holdings, kinds, projections, storage
 from tinkerbell.events import tables as t
 from tinkerbell.events.blobs import BlobStore
 from tinkerbell.events.chain import GENESIS, link
@@ -103,6 +103,7 @@ def check(connection: sa.Connection, blobs: BlobStore, vault: Vault, kept: KeptS
     _check_projections(connection, folded, legibility)
     if legibility.costs_known:
         _check_usage(connection, requests.cost_us)
+    _check_stored(connection)
     orphans = storage.survey(connection, blobs).orphans
     return CheckReport(
         num_events=position,
@@ -200,6 +201,14 @@ def _check_projections(connection: sa.Connection, folded: projections.Tables, le
         if wrong:
             first = min(wrong, key=repr)
             refuse("I5", None, f"{name} {first}: stored {stored.get(first)}, the log gives {expected.get(first)}")
+
+
+def _check_stored(connection: sa.Connection) -> None:
+    said = dict(connection.execute(sa.select(t.stored.c.tenant, t.stored.c.num_bytes)).all())
+    counted = holdings.stored_now(connection)
+    if said != counted:
+        tenant = min(name for name in said.keys() | counted.keys() if said.get(name) != counted.get(name))
+        refuse("I5", None, f"stored {tenant}: {said.get(tenant)} bytes, there are {counted.get(tenant)}")
 
 
 def _check_usage(connection: sa.Connection, cost_us: int) -> None:

@@ -62,7 +62,9 @@ class Legibility:
         self._say(recorded, "event", event.why)
         self._positions.add(recorded.position)
         if kinds.is_request(event):
-            self._rows.add(("adapters", (recorded.adapter,)))
+            self._rows |= {("adapters", (recorded.adapter,)), ("futures", (recorded.position,))}
+            # How much it may come to is not known.
+            self._rows.add(("lines", (recorded.tenant,)))
         elif cause is not None:
             # The rows of any answer are those of a failure, and its adapter's.
             failure = kinds.RequestFailed(category="server", code="", message="")

@@ -14,6 +14,8 @@ import zstandard
 from tinkerbell.errors import Corrupt, InvalidRequest, UserError
 from tinkerbell.events.kinds import BODY_OF, AnyEvent, AnyRead, Body, BodyCodec, Event, NewEvent, Unreadable, type_of
 
+EVENT_BYTES = 512
+"""What the row of an event takes besides its JSON and its body, about."""
 INLINE_BYTES = 64 * 1024
 """A stored body longer than this becomes a blob: inline it would delay its neighbours in the group commit."""
 
@@ -73,7 +75,7 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def num_bytes(self) -> int:
         """Bytes its row will take, about."""
-        return 512 + len(self.data) + len(self.body or b"")
+        return EVENT_BYTES + len(self.data) + len(self.body or b"")
 
 
 def canonical_json(value: Any) -> str:

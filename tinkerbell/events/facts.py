@@ -4,7 +4,9 @@ from collections.abc import Collection, Sequence
 
 import sqlalchemy as sa
 
+from tinkerbell.config import Limits
 from tinkerbell.errors import Corrupt
+from tinkerbell.events import holdings
 from tinkerbell.events.codec import Prepared
 from tinkerbell.events.kinds import CheckpointChanged, NewEvent
 from tinkerbell.events.leases import stream_of
@@ -26,7 +28,14 @@ _ORIGINALS = Lookup(
 )
 _ADAPTERS = Lookup(
     [adapters.c.id],
-    [adapters.c.id, adapters.c.tenant, adapters.c.state, adapters.c.next_seq, adapters.c.done_seq],
+    [
+        adapters.c.id,
+        adapters.c.tenant,
+        adapters.c.state,
+        adapters.c.next_seq,
+        adapters.c.done_seq,
+        adapters.c.num_parameters,
+    ],
 )
 _CHECKPOINTS = Lookup(
     [checkpoints.c.id], [checkpoints.c.id, checkpoints.c.tenant, checkpoints.c.deleted, checkpoints.c.expires_us]
@@ -42,6 +51,7 @@ _CAUSES = Lookup(
         futures.c.kind,
         futures.c.num_tokens,
         futures.c.state,
+        futures.c.reserved_tokens,
     ],
 )
 _LEASES = Lookup([leases.c.resource], [leases.c.resource, leases.c.holder, leases.c.epoch, leases.c.expires_us])
@@ -61,8 +71,10 @@ def read_state(
     position: int,
     prepared: Sequence[Prepared],
     resources: Collection[str],
+    limits: Limits,
 ) -> State:
-    """The facts for these events and for claims of these leases, as of `position`."""
+    """The facts for these events and for claims of these leases, as of `position`. `limits`: of tenants that have none
+    of their own."""
     news = [item.new for item in prepared]
     causes = _causes(statements, {new.causation for new in news if new.causation is not None})
     named = {new.adapter for new in news if new.adapter is not None}
@@ -79,6 +91,7 @@ def read_state(
         holders(connection, {name for new in news if (name := name_of(new.event, new.adapter)) is not None}),
         _checkpoints(statements, {new.event.checkpoint for new in news if isinstance(new.event, CheckpointChanged)}),
         _blobs(connection, {bytes.fromhex(digest) for new in news for digest in new.shared.values()}),
+        holdings.read(connection, statements, ((new.tenant, new.event) for new in news), limits),
     )
 
 
@@ -101,8 +114,8 @@ def _adapters(statements: Statements, ids: set[str]) -> dict[str, AdapterFacts]:
 def _causes(statements: Statements, ids: set[int]) -> dict[int, Cause]:
     rows = statements.look_up(_CAUSES, ids)
     return {
-        id_: Cause(tenant, adapter, seq, kind, num_tokens, state != "pending")
-        for id_, tenant, adapter, seq, kind, num_tokens, state in rows
+        id_: Cause(tenant, adapter, seq, kind, num_tokens, state != "pending", reserved)
+        for id_, tenant, adapter, seq, kind, num_tokens, state, reserved in rows
     }
 
 
@@ -122,8 +135,8 @@ def _checkpoints(statements: Statements, ids: set[str]) -> dict[str, CheckpointF
     }
 
 
-def _blobs(connection: sa.Connection, hashes: set[bytes]) -> frozenset[bytes]:
+def _blobs(connection: sa.Connection, hashes: set[bytes]) -> dict[bytes, int]:
     if not hashes:
-        return frozenset()
-    there = sa.select(blobs.c.hash).where(blobs.c.hash.in_(hashes), blobs.c.location == FILE)
-    return frozenset(connection.execute(there).scalars())
+        return {}
+    there = sa.select(blobs.c.hash, blobs.c.length).where(blobs.c.hash.in_(hashes), blobs.c.location == FILE)
+    return {row.hash: row.length for row in connection.execute(there)}

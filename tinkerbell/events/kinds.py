@@ -53,6 +53,8 @@ class AddLoraRequested(Request, frozen=True, kw_only=True, tag="add_lora.request
     user_metadata: dict[str, str] = {}
     base_hash: str = ""
     """ModelInfo.hash of the base model; empty: recorded by an older release."""
+    num_parameters: int = 0
+    """That it will have; 0: the executor had not said what decides it."""
 
 
 class RemoveLoraRequested(Request, frozen=True, kw_only=True, tag="remove_lora.requested"):
@@ -443,6 +445,11 @@ class TenantConfigured(Event, frozen=True, kw_only=True, tag="tenant.configured"
     max_pending_requests: int | None = None
     max_pending_tokens: int | None = None
     max_adapters: int | None = None
+    max_adapter_bytes: int | None = None
+    max_sessions: int | None = None
+    max_samplers: int | None = None
+    max_checkpoints: int | None = None
+    max_stored_bytes: int | None = None
 
 
 class LogSealed(Event, frozen=True, kw_only=True, tag="log.sealed"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from tinkerbell.events import kinds
+from tinkerbell.events import kinds, quotas
 from tinkerbell.events.codec import canonical_json
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.types import LoraConfig, session_of
@@ -33,6 +33,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "removed_bulk": ("position",),
     "totals": ("tenant", "adapter", "kind"),
     "bills": ("tenant",),
+    "lines": ("tenant",),
 }
 """Primary key of each projection."""
 
@@ -77,6 +78,8 @@ class Cause(msgspec.Struct, frozen=True):
     kind: str
     num_tokens: int
     answered: bool = False
+    reserved_tokens: int = 0
+    """What it may come to; see quotas."""
 
 
 def num_tokens_of(event: kinds.Event) -> int:
@@ -92,7 +95,8 @@ def cause_of(recorded: Recorded) -> Cause:
     """The request of this event as its result will see it."""
     assert kinds.is_request(recorded.event)
     kind, tokens = kinds.kind_of(recorded.event), num_tokens_of(recorded.event)
-    return Cause(recorded.tenant, recorded.adapter, recorded.seq, kind, tokens)
+    reserved = quotas.reserved_tokens(recorded.event)
+    return Cause(recorded.tenant, recorded.adapter, recorded.seq, kind, tokens, reserved_tokens=reserved)
 
 
 def fold(recorded: Recorded, cause: Cause | None) -> list[Change]:
@@ -172,13 +176,7 @@ def fold(recorded: Recorded, cause: Cause | None) -> list[Change]:
         case kinds.KeyRevoked():
             return [Set("api_keys", (event.key_id,), {"revoked_us": recorded.at_us})]
         case kinds.TenantConfigured():
-            values = {
-                "weight": event.weight,
-                "max_pending_requests": event.max_pending_requests,
-                "max_pending_tokens": event.max_pending_tokens,
-                "max_adapters": event.max_adapters,
-            }
-            return [Put("tenants", (recorded.tenant,), values)]
+            return [Put("tenants", (recorded.tenant,), msgspec.structs.asdict(event))]
         case kinds.SampleCancelled() | kinds.SamplerJoined() | kinds.LogSealed():
             return []
         case kinds.TenantErased():
@@ -214,6 +212,7 @@ def apply(tables: Tables, change: Change) -> None:
 
 
 def _request(recorded: Recorded, event: kinds.Event) -> list[Change]:
+    reserved = quotas.reserved_tokens(event)
     values: Row = {
         "tenant": recorded.tenant,
         "adapter": recorded.adapter,
@@ -222,13 +221,16 @@ def _request(recorded: Recorded, event: kinds.Event) -> list[Change]:
         "state": "pending",
         "num_tokens": num_tokens_of(event),
         "tokens_out": 0,
+        "reserved_tokens": reserved,
         "result_position": None,
         "cost_us": None,
         "created_us": recorded.at_us,
         "done_us": None,
     }
+    line = {"num_requests": 1, "num_tokens": reserved}
     changes: list[Change] = [
         Put("futures", (recorded.position,), values),
+        Add("lines", (recorded.tenant,), line),
         _totals(cause_of(recorded), num_accepted=1, tokens_accepted=num_tokens_of(event)),
     ]
     if isinstance(event, kinds.AddLoraRequested):
@@ -255,7 +257,7 @@ def _adapter(recorded: Recorded, event: kinds.AddLoraRequested) -> Row:
         "with_optimizer": event.with_optimizer,
         "user_metadata": _json_or_none(event.user_metadata),
         "state": "pending",
-        "num_parameters": None,
+        "num_parameters": event.num_parameters or None,
         "step": 0,
         "next_seq": 1,
         "done_seq": -1,
@@ -295,6 +297,7 @@ def _result(recorded: Recorded, event: kinds.Result, cause: Cause) -> list[Chang
     answered = {
         "state": "failed" if failed else "completed",
         "tokens_out": tokens_out,
+        "reserved_tokens": 0,
         "result_position": recorded.position,
         "cost_us": event.cost_us,
         "done_us": recorded.at_us,
@@ -319,6 +322,7 @@ def _result(recorded: Recorded, event: kinds.Result, cause: Cause) -> list[Chang
             cost_us=event.cost_us,
         ),
         Add("bills", (cause.tenant,), {"cost_us": event.cost_us}),
+        Add("lines", (cause.tenant,), {"num_requests": -1, "num_tokens": -cause.reserved_tokens}),
     ]
     effect = _effect(event)
     if cause.seq is not None:

@@ -4,11 +4,13 @@ from collections.abc import Collection
 
 import sqlalchemy as sa
 
-from tinkerbell.events import kinds, reading
+from tinkerbell.config import Limits
+from tinkerbell.events import holdings, kinds, reading
 from tinkerbell.events import tables as t
 from tinkerbell.events.adapter_queries import AdapterQueries
 from tinkerbell.events.base_model_queries import BaseModelQueries
 from tinkerbell.events.querying import columns, row_of
+from tinkerbell.events.quotas import Holding
 from tinkerbell.events.rows import (
     AnsweredRow,
     FutureRow,
@@ -23,10 +25,7 @@ from tinkerbell.types import SYSTEM_TENANT
 _FUTURE = sa.select(*columns(t.futures, FutureRow)).where(
     t.futures.c.id == sa.bindparam("id"), t.futures.c.tenant == sa.bindparam("tenant")
 )
-_PENDING_COUNT = sa.select(
-    sa.func.count().label("requests"),
-    sa.cast(sa.func.coalesce(sa.func.sum(t.futures.c.num_tokens), 0), t.Big).label("tokens"),
-).where(t.futures.c.tenant == sa.bindparam("tenant"), sa.text(t.PENDING))
+_LINE = sa.select(t.lines.c.num_requests, t.lines.c.num_tokens).where(t.lines.c.tenant == sa.bindparam("tenant"))
 _PLACE = sa.select(sa.func.count().label("before")).where(
     t.futures.c.tenant == sa.bindparam("tenant"), t.futures.c.id < sa.bindparam("id"), sa.text(t.PENDING)
 )
@@ -57,10 +56,9 @@ class Queries(AdapterQueries, BaseModelQueries, SessionQueries, UsageQueries):
         return [row_of(FutureRow, row) for row in self._all(query.limit(limit))]
 
     def pending_count(self, tenant: str) -> tuple[int, int]:
-        """(requests, tokens) of the tenant that wait for their answer."""
-        row = self._first(_PENDING_COUNT, tenant=tenant)
-        assert row is not None
-        return row["requests"], row["tokens"]
+        """(requests, tokens) of the tenant that wait for their answer; tokens that may be sampled count."""
+        row = self._first(_LINE, tenant=tenant)
+        return (0, 0) if row is None else (row["num_requests"], row["num_tokens"])
 
     def place(self, tenant: str, id: int) -> int:
         """How many pending requests of the tenant were accepted before this one."""
@@ -147,6 +145,11 @@ class Queries(AdapterQueries, BaseModelQueries, SessionQueries, UsageQueries):
         """Of tenants whose share was set."""
         c = t.tenants.c
         return {row["tenant"]: row["weight"] for row in self._all(sa.select(c.tenant, c.weight))}
+
+    def holding(self, tenant: str, defaults: Limits) -> Holding:
+        """What the tenant has of everything that is limited, and what it may have; `defaults`: the server's limits."""
+        with self._engine.connect() as connection:
+            return holdings.of_tenant(connection, tenant, defaults)
 
     def tenants(self) -> list[str]:
         """Every tenant the log has an event of, by name, without the system's own."""

@@ -160,6 +160,11 @@ class TenantRow(Row, frozen=True, kw_only=True):
     max_pending_requests: int | None = None
     max_pending_tokens: int | None = None
     max_adapters: int | None = None
+    max_adapter_bytes: int | None = None
+    max_sessions: int | None = None
+    max_samplers: int | None = None
+    max_checkpoints: int | None = None
+    max_stored_bytes: int | None = None
 
 
 class HourOfUsage(Row, frozen=True, kw_only=True):

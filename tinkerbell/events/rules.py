@@ -19,12 +19,13 @@ from tinkerbell.errors import (
     SequenceConflict,
     SessionOver,
 )
-from tinkerbell.events import kinds
+from tinkerbell.events import kinds, quotas
 from tinkerbell.events.chain import GENESIS, link
 from tinkerbell.events.codec import Prepared
 from tinkerbell.events.kinds import NewEvent, Recorded
 from tinkerbell.events.names import Holder, living, name_of
 from tinkerbell.events.projections import Cause, cause_of
+from tinkerbell.events.quotas import Holding
 from tinkerbell.events.state import AdapterFacts, CheckpointFacts, LeaseFacts, Original, SessionFacts, State, StreamHead
 
 
@@ -39,12 +40,14 @@ class Admitted(msgspec.Struct, frozen=True):
     """Name -> hash."""
 
 
-def admit(state: State, prepared: Prepared, blobs: dict[str, bytes], now_us: int) -> Admitted | Recorded:
+def admit(
+    state: State, prepared: Prepared, blobs: dict[str, bytes], num_bytes: int, now_us: int
+) -> Admitted | Recorded:
     """The event's place in the log, or the earlier event that has its idempotency key. A refused event leaves the
-    state as it is.
+    state as it is. `num_bytes`: as it is stored, with its blobs.
 
     Raises NotFound, SessionOver, Conflict, NameTaken, IdempotencyConflict, SequenceConflict, AlreadyAnswered, Fenced,
-    Gone.
+    Gone, TooManyRequests, QuotaExceeded.
     """
     new = prepared.new
     original = _original(state, new)
@@ -68,9 +71,12 @@ def admit(state: State, prepared: Prepared, blobs: dict[str, bytes], now_us: int
             _check_change(state, new, new.event, now_us)
         case _:
             pass
+    holding = _hold(state, new, num_bytes, cause)
     admitted = _place(state, prepared, blobs, seq, cause, now_us)
     if new.adapter is not None and facts is not None:
         state.adapters[new.adapter] = facts
+    if holding is not None:
+        state.holdings[new.tenant] = holding
     if new.causation is not None and cause is not None:
         state.causes[new.causation] = msgspec.structs.replace(cause, answered=True)
     match new.event:
@@ -118,6 +124,20 @@ def _check_session(state: State, new: NewEvent) -> None:
         raise NotFound(f"There is no session {new.session!r}.")
     if facts.ended:
         raise SessionOver(f"The session {new.session!r} has ended; start another one.")
+
+
+def _hold(state: State, new: NewEvent, num_bytes: int, cause: Cause | None) -> Holding | None:
+    """What the tenant has with this event; None: nobody asks in this group."""
+    holding = state.holdings.get(new.tenant)
+    if holding is None:
+        return None
+    adapter = state.adapters.get(new.adapter or "")
+    more = quotas.added(new, num_bytes, (adapter.num_parameters or 0) if adapter is not None else 0)
+    if quotas.is_limited(new.event):
+        quotas.check(holding.used, holding.limits, more)
+    if cause is not None:
+        more += quotas.answered(cause.reserved_tokens)
+    return Holding(holding.used + more, holding.limits)
 
 
 def _check_shared(state: State, new: NewEvent) -> None:
@@ -168,7 +188,7 @@ def _admit_request(state: State, new: NewEvent, event: kinds.Request) -> tuple[i
     if isinstance(event, kinds.AddLoraRequested):
         if facts is not None:
             raise Conflict("there is an adapter with this id already")
-        facts = AdapterFacts(tenant=new.tenant, state="pending", next_seq=0, done_seq=-1)
+        facts = AdapterFacts(new.tenant, "pending", 0, -1, event.num_parameters or None)
     elif facts is None or facts.tenant != new.tenant or facts.state in ("removed", "failed"):
         # One text for all three: nobody learns which ids others have.
         raise NotFound("there is no such adapter")

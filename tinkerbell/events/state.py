@@ -1,13 +1,14 @@
 """What admission knows of the log: facts read in the append transaction, and moved on with every event admitted."""
 
 from collections import ChainMap
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 import msgspec
 
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.names import Holders, SavedName
 from tinkerbell.events.projections import Cause
+from tinkerbell.events.quotas import Holding
 
 
 class StreamHead(msgspec.Struct, frozen=True):
@@ -24,6 +25,8 @@ class AdapterFacts(msgspec.Struct, frozen=True):
     state: str
     next_seq: int
     done_seq: int
+    num_parameters: int | None = None
+    """None while unknown."""
 
 
 class LeaseFacts(msgspec.Struct, frozen=True):
@@ -69,8 +72,10 @@ class State(msgspec.Struct):
     sessions: MutableMapping[str, SessionFacts]
     names: MutableMapping[SavedName, Holders]
     checkpoints: MutableMapping[str, CheckpointFacts]
-    blobs: frozenset[bytes]
-    """Hashes of the shared blobs that are there. Within a group none of them goes."""
+    blobs: Mapping[bytes, int]
+    """Lengths of the shared blobs that are there, by hash. Within a group none of them goes."""
+    holdings: MutableMapping[str, Holding]
+    """Of the tenants whose limits hold for events of the group."""
 
     def fork(self) -> "State":
         """A state whose changes can be thrown away."""
@@ -85,10 +90,14 @@ class State(msgspec.Struct):
             ChainMap({}, self.names),
             ChainMap({}, self.checkpoints),
             self.blobs,
+            ChainMap({}, self.holdings),
         )
 
     def merge(self, fork: "State") -> None:
         """Take over a fork's changes."""
         self.position = fork.position
-        for name in ("streams", "originals", "adapters", "causes", "leases", "sessions", "names", "checkpoints"):
+        for name in (
+            *("streams", "originals", "adapters", "causes", "leases", "sessions", "names", "checkpoints"),
+            "holdings",
+        ):
             getattr(self, name).update(getattr(fork, name).maps[0])

@@ -38,19 +38,26 @@ class EventStore:
     """One process's way to the log. Any number of threads may use it, and any number of processes the database."""
 
     def __init__(
-        self, writer: sa.Engine, reader: sa.Engine, blobs: BlobStore, vault: Vault, *, encrypt: bool, group_events: int
+        self,
+        writer: sa.Engine,
+        reader: sa.Engine,
+        blobs: BlobStore,
+        vault: Vault,
+        settings: Settings,
+        group_events: int,
     ) -> None:
         self._write_engine = writer
         self._read_engine = reader
         self._blobs = blobs
         self._vault = vault
-        self._encrypt = encrypt
+        self._encrypt = settings.encryption == "on"
         self.sweeper = Sweeper(writer, reader, blobs)
         """Takes files that no event needs out of the blob store."""
         self.retention = Retention(writer, reader, self.sweeper, self.append, vault.forget)
         """Erasing tenants, compacting old bulk."""
         self._tail = Tail(reader)
-        self._writer = Writer(writer, self._tail.push, self.sweeper.drop, blobs, group_events=group_events)
+        drop = self.sweeper.drop
+        self._writer = Writer(writer, self._tail.push, drop, blobs, limits=settings.limits, group_events=group_events)
         self.dialect = writer.dialect.name
         """`sqlite` or `postgresql`."""
         self.queries = Queries(reader)
@@ -75,8 +82,7 @@ class EventStore:
         reader = make_engine(settings.url, role="reader")
         settings.blob_dir.mkdir(parents=True, exist_ok=True)
         vault = Vault(reader, settings.key_path, writer=writer)
-        encrypt = settings.encryption == "on"
-        return cls(writer, reader, BlobStore(settings.blob_dir), vault, encrypt=encrypt, group_events=group_events)
+        return cls(writer, reader, BlobStore(settings.blob_dir), vault, settings, group_events)
 
     def close(self) -> None:
         """Write what was submitted, then stop. Submits after this fail with Unavailable."""

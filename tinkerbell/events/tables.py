@@ -189,6 +189,7 @@ futures = sa.Table(
     ),
     C("num_tokens", Big, nullable=False, comment="tokens the request brings"),
     C("tokens_out", Big, nullable=False, comment="tokens sampled for it"),
+    C("reserved_tokens", Big, nullable=False, server_default="0", comment="it may come to, until it is answered"),
     C("result_position", Big),
     C("cost_us", Big, comment="accelerator microseconds charged"),
     C("created_us", Big, nullable=False),
@@ -277,6 +278,7 @@ sessions = sa.Table(
     C("ended_us", Big),
     Index(None, "tenant", "created_us", "id"),
     _partial("ix_sessions_open", "heard_us", where=OPEN),
+    _partial("ix_sessions_open_of_tenant", "tenant", where=OPEN),
     comment="Programs of tenants; ids of what they made begin with the session's.",
 )
 samplers = sa.Table(
@@ -348,7 +350,27 @@ tenants = sa.Table(
     C("max_pending_requests", Big),
     C("max_pending_tokens", Big),
     C("max_adapters", Big),
+    C("max_adapter_bytes", Big),
+    C("max_sessions", Big),
+    C("max_samplers", Big),
+    C("max_checkpoints", Big),
+    C("max_stored_bytes", Big),
     comment="Shares and limits that were set; NULL is the server's default.",
+)
+lines = sa.Table(
+    "lines",
+    metadata,
+    C("tenant", Text, primary_key=True),
+    C("num_requests", Big, nullable=False),
+    C("num_tokens", Big, nullable=False, comment="those that may be sampled included"),
+    comment="What waits of each tenant.",
+)
+stored = sa.Table(
+    "stored",
+    metadata,
+    C("tenant", Text, primary_key=True),
+    C("num_bytes", Big, nullable=False, comment="of its events, their bodies and blobs"),
+    comment="What is kept of each tenant. No fold of the log: bytes are as they are stored.",
 )
 api_keys = sa.Table(
     "api_keys",
@@ -408,7 +430,7 @@ PROJECTIONS: dict[str, sa.Table] = {
     table.name: table
     for table in (
         *(futures, adapters, checkpoints, usage, leases, tenants, api_keys, environments, batches),
-        *(erasures, removed_bulk, sessions, samplers, totals, bills),
+        *(erasures, removed_bulk, sessions, samplers, totals, bills, lines),
     )
 }
 """Tables that can be rebuilt from the log."""

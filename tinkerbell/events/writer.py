@@ -14,8 +14,9 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
+from tinkerbell.config import Limits
 from tinkerbell.errors import InvalidRequest, StorageUnavailable, TinkerbellError, Unavailable
-from tinkerbell.events import facts, leases, outcomes, stopped
+from tinkerbell.events import facts, holdings, leases, outcomes, stopped
 from tinkerbell.events.blobs import BlobFile, BlobStore
 from tinkerbell.events.codec import Prepared
 from tinkerbell.events.kinds import Recorded
@@ -26,7 +27,8 @@ from tinkerbell.events.projector import project
 from tinkerbell.events.rules import Admitted, admit
 from tinkerbell.events.state import LeaseFacts, State
 from tinkerbell.events.statements import Statements
-from tinkerbell.events.tables import blobs, event_blobs, events, log_head, streams
+from tinkerbell.events.tables import blobs, event_blobs, events, log_head, stored, streams
+from tinkerbell.types import SYSTEM_TENANT
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +83,9 @@ class _Group:
         self.state = state
         self.admitted: list[Admitted] = []
         self.lengths: dict[bytes, int] = {}
+        """Of new blobs, by hash."""
+        self.stored: dict[str, int] = {}
+        """Tenant -> bytes that are stored more than before."""
         self.outcomes: list[Outcome] = []
         """Of each entry."""
         self.expiries: list[tuple[Entry, leases.Lease, int]] = []
@@ -101,9 +106,12 @@ class Writer:
         on_refused: Callable[[Sequence[BlobFile]], None],
         blobs: BlobStore,
         *,
+        limits: Limits,
         group_events: int = GROUP_EVENTS,
     ) -> None:
+        """`limits`: of tenants that have none of their own."""
         self._engine = engine
+        self._limits = limits
         stopped.expect(engine)
         self._on_commit = on_commit
         self._on_refused = on_refused
@@ -215,6 +223,8 @@ class Writer:
             statements = Statements(connection)
             group = self._plan(connection, statements, entries)
             if group.admitted:
+                for tenant, less in holdings.leaving(connection, (each.recorded for each in group.admitted)).items():
+                    group.stored[tenant] = group.stored.get(tenant, 0) - less
                 _insert(statements, group)
             for entry, lease, ttl_us in group.expiries:
                 kept = leases.renew(connection, lease, ttl_us)
@@ -252,7 +262,7 @@ class Writer:
         prepared = [item.prepared for entry in entries for item in entry.items]
         calls = [entry.lease_call for entry in entries if entry.lease_call is not None]
         claimed = {call.resource for call in calls if isinstance(call, Claim)}
-        group = _Group(facts.read_state(connection, statements, position, prepared, claimed))
+        group = _Group(facts.read_state(connection, statements, position, prepared, claimed, self._limits))
         now_us = time.time_ns() // 1000
         for entry in entries:
             match entry.lease_call:
@@ -272,14 +282,19 @@ class Writer:
         admitted: list[Admitted] = []
         recorded: list[Recorded] = []
         lengths: dict[bytes, int] = {}
+        grown: dict[str, int] = {}
         try:
             for item in items:
                 hashes = {name: bytes.fromhex(digest) for name, digest in item.prepared.new.shared.items()}
                 hashes |= {name: ref.hash for name, ref in item.blobs.items()}
-                placed = admit(state, item.prepared, hashes, now_us)
+                num_bytes = item.prepared.num_bytes + sum(ref.length for ref in item.blobs.values())
+                num_bytes += sum(state.blobs.get(bytes.fromhex(d), 0) for d in item.prepared.new.shared.values())
+                placed = admit(state, item.prepared, hashes, num_bytes, now_us)
                 if isinstance(placed, Admitted):
                     self._require(placed.blobs)
                     admitted.append(placed)
+                    tenant = placed.recorded.tenant
+                    grown[tenant] = grown.get(tenant, 0) + num_bytes
                     lengths |= {ref.hash: ref.length for ref in item.blobs.values()}
                 recorded.append(placed.recorded if isinstance(placed, Admitted) else placed)
         except (TinkerbellError, TypeError) as exc:
@@ -290,6 +305,9 @@ class Writer:
                 group.state.merge(state)
             group.admitted += admitted
             group.lengths |= lengths
+            for tenant, more in grown.items():
+                if tenant != SYSTEM_TENANT:
+                    group.stored[tenant] = group.stored.get(tenant, 0) + more
         if entry.lease_call is None:
             group.outcomes.append((entry.waiter, recorded))
         return True
@@ -355,5 +373,8 @@ def _insert(statements: Statements, group: _Group) -> None:
         for item in group.admitted
     }
     statements.insert(streams, list(heads.values()), "replace")
+    if group.stored:
+        rows = [{"tenant": tenant, "num_bytes": num_bytes} for tenant, num_bytes in group.stored.items()]
+        statements.insert(stored, rows, "add")
     project(statements, (change for item in group.admitted for change in fold(item.recorded, item.cause)))
     statements.update(log_head, [{"id": 1, "position": group.state.position}])

@@ -134,6 +134,10 @@ class AsyncClient:
         """What you used, by adapter and kind of request; everybody's with an admin key."""
         return await self._all(partial(calls.usage, all_tenants))
 
+    async def limits(self) -> wire.Quotas:
+        """What you have of everything that is limited, and what you may have."""
+        return await self.do(calls.limits())
+
     async def queue(self, *, all_tenants: bool = False) -> wire.Queue:
         """What waits and what was served lately: your own line, or every tenant's with an admin key."""
         return await self.do(calls.queue(all_tenants))

@@ -207,6 +207,11 @@ def usage(all_tenants: bool, last: wire.UsageRow | None) -> Call[list[wire.Usage
     return _get("/v1/usage", list[wire.UsageRow], params=_scope(all_tenants) | _page(key))
 
 
+def limits() -> Call[wire.Quotas]:
+    """GET /v1/limits"""
+    return _get("/v1/limits", wire.Quotas)
+
+
 def queue(all_tenants: bool) -> Call[wire.Queue]:
     """GET /v1/queue"""
     return _get("/v1/queue", wire.Queue, params=_scope(all_tenants))

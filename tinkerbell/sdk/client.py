@@ -137,6 +137,10 @@ class Client:
         """What you used, by adapter and kind of request; everybody's with an admin key."""
         return self._all(partial(calls.usage, all_tenants))
 
+    def limits(self) -> wire.Quotas:
+        """What you have of everything that is limited, and what you may have."""
+        return self.do(calls.limits())
+
     def queue(self, *, all_tenants: bool = False) -> wire.Queue:
         """What waits and what was served lately: your own line, or every tenant's with an admin key."""
         return self.do(calls.queue(all_tenants))

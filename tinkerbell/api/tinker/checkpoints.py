@@ -52,7 +52,7 @@ class CheckpointSubmitting(TinkerSubmitting):
                 with_optimizer=body.optimizer,
                 user_metadata=body.user_metadata or {},
             )
-            return Draft(adapters=1, event=event, session=session)
+            return Draft(event=event, session=session)
 
         return await self._for_model("add_lora", model_id, draft)
 

@@ -47,7 +47,7 @@ class TinkerSubmitter(CheckpointSubmitting, SessionSubmitting):
                 seed=seed,
                 user_metadata=body.user_metadata or {},
             )
-            return Draft(adapters=1, event=event, session=session.id)
+            return Draft(event=event, session=session.id)
 
         return await self._for_model("add_lora", model_id, draft)
 
@@ -69,7 +69,6 @@ class TinkerSubmitter(CheckpointSubmitting, SessionSubmitting):
                     chunk_tokens=settings.chunk_tokens,
                 ),
                 body=kinds.ForwardBackwardBody(data),
-                tokens=num_tokens,
             )
 
         return await self._for_model(kinds.kind_of(event), body.model_id, draft)
@@ -137,7 +136,6 @@ class TinkerSubmitter(CheckpointSubmitting, SessionSubmitting):
             return Draft(
                 event=event,
                 body=kinds.SampleBody(prompt, targets),
-                tokens=len(tokens),
                 before=before,
                 session=row.session,
             )

@@ -95,7 +95,10 @@ def _describe(model: Any, source: str, asked: str, runtime: Runtime) -> ModelInf
         # Within one window, windowed attention is plain causal attention.
         if isinstance(window, int):
             max_length = min(max_length, window)
-    targets = dict.fromkeys(name.rsplit(".", 1)[-1] for name in runtime.shapes)
+    targets: dict[str, int] = {}
+    for name, shape in runtime.shapes.items():
+        word = name.rsplit(".", 1)[-1]
+        targets[word] = targets.get(word, 0) + shape.in_features + shape.out_features
     return ModelInfo(
         name=Path(source).name if asked != source or Path(source).is_dir() else source,
         vocab_size=runtime.head.out_features,
@@ -103,6 +106,7 @@ def _describe(model: Any, source: str, asked: str, runtime: Runtime) -> ModelInf
         targets=tuple(targets),
         eos_tokens=_eos_tokens(model),
         tokenizer=source,
+        parameters_per_rank=targets,
     )
 
 
