@@ -111,6 +111,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """A request is cut into micro-batches of at most this many tokens, by a rule of the request alone. Recorded with
     the request, so that a change concerns later requests only."""
     max_batch_adapters: Count = 16
+    max_batch_s: Annotated[float, Meta(gt=0, le=86400)] = 5.0
+    """Longest estimated time of one batch, unless its first unit alone takes longer: about how long others may have to
+    wait for it."""
     fair_slack_ms: Annotated[float, Meta(ge=0)] | None = None
     """How many milliseconds of accelerator time others may be served past a tenant whose next request cannot join the
     batch, being behind its own optim_step or in the other lane. 0 is strictest and gives smaller batches; None never

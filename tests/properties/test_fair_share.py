@@ -24,14 +24,20 @@ class Load:
     """Requests with made-up positions, priced at one microsecond a token."""
 
     def __init__(
-        self, weights: dict[str, float], *, credit: float = 0.0, slack: float = 0.0, adapters: int = 99
+        self,
+        weights: dict[str, float],
+        *,
+        credit: float = 0.0,
+        slack: float = 0.0,
+        adapters: int = 99,
+        most_us: float = float("inf"),
     ) -> None:
         self.pending = Pending()
         self.shares = FairShare(credit_us=credit)
         for tenant, weight in weights.items():
             self.shares.set_weight(tenant, weight)
         self.weights = weights
-        self.limits = Limits(batch_tokens=BUDGET, max_adapters=adapters, slack_us=slack)
+        self.limits = Limits(batch_tokens=BUDGET, max_adapters=adapters, slack_us=slack, most_us=most_us)
         self.position = 0
         self.asked: dict[int, int] = {}
         self.served: dict[int, int] = defaultdict(int)
@@ -123,9 +129,10 @@ SCRIPT = st.lists(
     credit=st.sampled_from([0.0, 3000.0]),
     slack=st.sampled_from([0.0, 2000.0]),
     adapters=st.sampled_from([1, 3, 99]),
+    most_us=st.sampled_from([1.0, 1500.0, float("inf")]),
 )
-def test_the_service_gap_is_bounded(weights, script, first, credit, slack, adapters):
-    _hold_to_the_bound(weights, script, first, credit, slack, slack, adapters)
+def test_the_service_gap_is_bounded(weights, script, first, credit, slack, adapters, most_us):
+    _hold_to_the_bound(weights, script, first, credit, slack, slack, adapters, most_us)
 
 
 @settings(max_examples=100, deadline=None)
@@ -149,9 +156,9 @@ def test_what_rides_along_lifts_nobody():
     _hold_to_the_bound([4.0, 4.0, 0.5], script, 3, 0.0, 0.0, 0.0, 1)
 
 
-def _hold_to_the_bound(weights, script, first, credit, slack, slack_in_bound, adapters):
+def _hold_to_the_bound(weights, script, first, credit, slack, slack_in_bound, adapters, most_us=float("inf")):
     names = {f"t{i}": weight for i, weight in enumerate(weights)}
-    load = Load(names, credit=credit, slack=slack, adapters=adapters)
+    load = Load(names, credit=credit, slack=slack, adapters=adapters, most_us=most_us)
     waiting: dict[str, int] = dict.fromkeys(names, 0)
 
     def push(step: tuple[int, int, int, str]) -> None:
@@ -181,6 +188,9 @@ def _hold_to_the_bound(weights, script, first, credit, slack, slack_in_bound, ad
         assert planned is not None and planned.works, "P2: work waits but the batch is empty"
         tokens = [work.request.chunk_tokens(work.chunk) for work in planned.works]
         assert sum(tokens) <= max(BUDGET, tokens[0])
+        timed = [work.estimated_us for work in planned.works if work.request.kind != "optim_step"]
+        rides = len(planned.works) - len(timed)
+        assert sum(timed) <= max(most_us, timed[0] if timed else 0.0) + OPTIM_US * rides
         assert len({w.request.adapter for w in planned.works if w.request.adapter}) <= adapters
         assert {w.request.lane for w in planned.works} == {planned.lane}
         for request, cost, ended in load.run(planned):

@@ -17,7 +17,7 @@ def test_blocks_do_not_show_in_the_distribution(width: int, temperature: float) 
     logits = 3 * torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(1))
     # Whole blocks of tokens that cannot be, the first one among them.
     logits[0, :20], logits[0, 70:80] = -torch.inf, -torch.inf
-    draws = Draws(ROWS, DRAWS, temperature, 5, logits)
+    draws = Draws(ROWS, range(DRAWS), temperature, 5, logits)
     # Chunks of rows, as a pass has them.
     for start, stop in ((0, 1000), (1000, ROWS)):
         for first in range(0, VOCAB, width):

@@ -18,6 +18,7 @@ from tinkerbell.errors import InvalidRequest, NotFound, ServerError, TinkerbellE
 from tinkerbell.executors import fake_losses
 from tinkerbell.executors.fake_adapter import FakeAdapter, NonFinite
 from tinkerbell.executors.fake_model import BaseModel, Distribution
+from tinkerbell.executors.meter import Meter
 from tinkerbell.executors.port import (
     AdapterReport,
     AdapterState,
@@ -123,12 +124,18 @@ class FakeExecutor:
     def run(self, batch: Batch) -> BatchResult:
         """See port.Executor."""
         started = time.perf_counter_ns()
-        results = [self._run(unit) for unit in batch.units]
-        pause_us = self._latency_us
-        if self._us_per_token:
-            pause_us += self._us_per_token * sum(map(_num_tokens, batch.units, results))
-        _pause(pause_us / 1e6)
-        return BatchResult(results=results, busy_us=(time.perf_counter_ns() - started) // 1000)
+        meter = Meter()
+        results: list[UnitResult] = []
+        for unit in batch.units:
+            with meter.of(unit):
+                results.append(self._run(unit))
+        per_token = list(zip(batch.units, map(_num_tokens, batch.units, results), strict=True))
+        if num_tokens := self._us_per_token and sum(number for _, number in per_token):
+            with meter.divided(per_token):
+                _pause(self._us_per_token * num_tokens / 1e6)
+        _pause(self._latency_us / 1e6)
+        busy_us = (time.perf_counter_ns() - started) // 1000
+        return BatchResult(results=results, busy_us=busy_us, own_us=meter.own_us(batch.units))
 
     def _run(self, unit: Unit) -> UnitResult:
         mark()
@@ -252,7 +259,7 @@ class FakeExecutor:
             request=unit.request,
             sequences=sequences,
             prompt_logprobs=prompt_logprobs,
-            prompt_scores=distribution.prompt_scores(prompt, params, unit.seed, targets),
+            prompt_scores=distribution.prompt_scores(prompt, params, unit.seed, unit.draws, targets),
         )
 
     def _install(self, name: AdapterId, adapter: FakeAdapter) -> AdapterReport:

@@ -117,10 +117,10 @@ class Distribution:
         )
 
     def prompt_scores(
-        self, prompt: Sequence[int], params: SamplingParams, seed: int, targets: Sequence[int] | None
+        self, prompt: Sequence[int], params: SamplingParams, seed: int, draws: range, targets: Sequence[int] | None
     ) -> PromptScores | None:
         """What is asked for of a prompt of P tokens; targets [P * K], row after row, -1 being none."""
-        top_k, num_draws = params.prompt_top_logprobs, params.prompt_draws
+        top_k, num_draws = params.prompt_top_logprobs, len(draws)
         if not top_k and not num_draws and targets is None:
             return None
         top = self.outputs(prompt[:-1], OutputSpec(top_k=top_k))
@@ -136,7 +136,7 @@ class Distribution:
         drawn = [
             (row, _choose(row, uncut, uniform(seed, draw, n, PROMPT)))
             for n, row in enumerate(map(self.row, prompt[:-1]))
-            for draw in range(num_draws)
+            for draw in draws
         ]
         return PromptScores(
             top_tokens=top.top_tokens,

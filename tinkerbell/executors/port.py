@@ -68,12 +68,21 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, tag="sample"):
     start: int = 0
     stop: int | None = None
     """Samples [start, stop) of the params.num_samples; None: to the last. Each is drawn as if all were."""
+    draws_start: int = 0
+    draws_stop: int | None = None
+    """Draws [draws_start, draws_stop) of the params.prompt_draws at each position; None: to the last. As with samples,
+    each is drawn as if all were."""
     prompt_targets: bytes | None = None
     """[P, K] int32: at each position of the prompt K tokens whose logprobs are asked for; -1 is none."""
 
     @property
+    def draws(self) -> range:
+        """Which draws to make at each position of the prompt."""
+        return range(self.draws_start, self.params.prompt_draws if self.draws_stop is None else self.draws_stop)
+
+    @property
     def indices(self) -> range:
-        """Which samples to draw."""
+        """Which samples to draw; none where only the prompt is asked about."""
         return range(self.start, self.params.num_samples if self.stop is None else self.stop)
 
 
@@ -147,6 +156,8 @@ class BatchResult(msgspec.Struct, frozen=True, kw_only=True):
     results: list[UnitResult]
     busy_us: int
     """Accelerator time the batch took, microseconds."""
+    own_us: list[int] | None = None
+    """Of that, what each unit had the executor to itself for; the rest was shared. None: the executor cannot tell."""
 
 
 class AdapterState(msgspec.Struct, frozen=True, kw_only=True):

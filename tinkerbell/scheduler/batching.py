@@ -36,6 +36,17 @@ def cut_samples(num_samples: int, most_tokens: int, batch_tokens: int) -> list[t
     return [(start, min(start + together, num_samples)) for start in range(0, num_samples, together)]
 
 
+DRAWS_TOGETHER = 16_384
+"""Most draws at positions of a prompt that one unit makes: they take a second or two where a model is small."""
+
+
+def cut_draws(num_positions: int, num_draws: int) -> list[tuple[int, int]]:
+    """Ranges [start, stop) of the draws at each of a prompt's positions: at most DRAWS_TOGETHER in all, at least one at
+    each. Each is drawn by itself, so its token does not depend on the cut."""
+    together = max(1, DRAWS_TOGETHER // max(1, num_positions))
+    return [(start, min(start + together, num_draws)) for start in range(0, num_draws, together)]
+
+
 LOGITS_REQUESTS = 4
 """Most requests in a batch that want logits: each may have as many bytes of them as a request may."""
 
@@ -51,6 +62,9 @@ class Limits:
     """How far (virtual microseconds) others may be served past a tenant that has work this batch cannot take
     (behind its own optim_step, or in another lane). 0 is strictest and gives small batches; inf never ends
     one early."""
+    most_us: float = float("inf")
+    """Longest estimated time, unless the first unit alone takes longer. What rides along does not count, nor do tokens
+    that are sampled: those of a batch are sampled side by side, and batch_tokens bounds them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +151,10 @@ class _Filling:
 
     shares: FairShare
     price: Price
+    lasts: Price
     room: int
+    time_us: float
+    """Left of the estimated time it may take."""
     works: list[Work] = field(default_factory=list)
     adapters: set[AdapterId] = field(default_factory=set)
     with_logits: set[int] = field(default_factory=set)
@@ -150,6 +167,7 @@ class _Filling:
         self.shares.charge(request.tenant, cursor.queue.key, estimate, in_turn=in_turn)
         self.works.append(Work(request, cursor.chunk, estimate))
         self.room -= request.chunk_tokens(cursor.chunk)
+        self.time_us -= self.lasts(request, cursor.chunk)
         if request.adapter is not None:
             self.adapters.add(request.adapter)
         if request.wants_logits:
@@ -159,12 +177,18 @@ class _Filling:
 
 
 def plan(
-    pending: Pending, shares: FairShare, price: Price, limits: Limits, resident: Container[AdapterId]
+    pending: Pending,
+    shares: FairShare,
+    price: Price,
+    limits: Limits,
+    resident: Container[AdapterId],
+    lasts: Price | None = None,
 ) -> Plan | Measure | Restore | None:
     """The next batch, or what has to be done first; None when nothing can run. Charges `shares` for what it
     takes.
 
-    `resident`: adapters whose state the executor holds. Expects that nothing is in flight.
+    `resident`: adapters whose state the executor holds. `lasts`: how much longer a unit makes its batch, where that is
+    not its price. Expects that nothing is in flight.
     """
     if not pending:
         shares.rest()
@@ -172,7 +196,7 @@ def plan(
     shares.backlog(pending.tenants)
     turns = [(*shares.time_of(tenant), tenant) for tenant in pending.tenants]
     heapq.heapify(turns)
-    filling = _Filling(shares, price, limits.batch_tokens)
+    filling = _Filling(shares, price, lasts or price, limits.batch_tokens, limits.most_us)
     queues: dict[str, list[tuple[float, int, _Cursor]]] = {}
     cursors: dict[str, list[_Cursor]] = {}
     lane: Lane | None = None
@@ -273,4 +297,6 @@ def _fits(cursor: _Cursor, filling: _Filling, limits: Limits) -> bool:
         return False
     if request.wants_logits and len(filling.with_logits - {request.position}) >= LOGITS_REQUESTS:
         return False
-    return request.chunk_tokens(cursor.chunk) <= filling.room
+    if request.chunk_tokens(cursor.chunk) > filling.room:
+        return False
+    return filling.lasts(request, cursor.chunk) <= filling.time_us

@@ -13,7 +13,7 @@ from tinkerbell.events.kinds import (
     SampleRequested,
 )
 from tinkerbell.events.store import EventStore
-from tinkerbell.scheduler.batching import cut, cut_samples
+from tinkerbell.scheduler.batching import cut, cut_draws, cut_samples
 from tinkerbell.scheduler.pending import BODY_KINDS, PendingRequest
 
 RequestBody = ForwardBackwardBody | SampleBody
@@ -69,7 +69,15 @@ class Bodies:
         event = request.event
         if isinstance(event, SampleRequested):
             most_tokens = event.num_tokens + event.params.max_tokens
-            request.measure([], cut_samples(event.params.num_samples, most_tokens, self._batch_tokens))
+            params = event.params
+            samples = cut_samples(params.num_samples, most_tokens, self._batch_tokens)
+            draws = cut_draws(event.num_tokens - 1, params.prompt_draws)
+            # A unit has some of either, or of one only.
+            num_units = max(len(samples), len(draws))
+            samples += [(params.num_samples, params.num_samples)] * (num_units - len(samples))
+            draws += [(params.prompt_draws, params.prompt_draws)] * (num_units - len(draws))
+            assert isinstance(body, SampleBody)
+            request.measure([], samples, draws, len(body.prompt_targets or b"") // len(body.prompt))
             return
         assert isinstance(event, ForwardRequested | ForwardBackwardRequested)
         assert isinstance(body, ForwardBackwardBody)

@@ -22,7 +22,7 @@ from tinkerbell.scheduler.checkpoints import Checkpoints
 from tinkerbell.scheduler.chores import chores_of
 from tinkerbell.scheduler.commits import Commits
 from tinkerbell.scheduler.control import Control
-from tinkerbell.scheduler.cost import CostModel, features
+from tinkerbell.scheduler.cost import CostModel
 from tinkerbell.scheduler.eviction import Eviction
 from tinkerbell.scheduler.fair_share import FairShare
 from tinkerbell.scheduler.gathering import Gathering
@@ -30,6 +30,7 @@ from tinkerbell.scheduler.host import ExecutorHost, wait_for
 from tinkerbell.scheduler.intake import Intake
 from tinkerbell.scheduler.journal import Journal
 from tinkerbell.scheduler.pending import BODY_KINDS, Pending, PendingRequest, Reason
+from tinkerbell.scheduler.prices import Prices
 from tinkerbell.scheduler.recovery import Recovery
 from tinkerbell.scheduler.residency import Residency
 from tinkerbell.scheduler.restorer import Restorer
@@ -67,9 +68,9 @@ class Leader:
         self._store = store
         self._host = host
         self._lease = lease
-        self._cost = cost
         slack_us = float("inf") if settings.fair_slack_ms is None else settings.fair_slack_ms * 1000
-        self._limits = Limits(settings.batch_tokens, settings.max_batch_adapters, slack_us)
+        most_us = settings.max_batch_s * 1e6
+        self._limits = Limits(settings.batch_tokens, settings.max_batch_adapters, slack_us, most_us)
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
         self._shares = FairShare()
@@ -93,6 +94,7 @@ class Leader:
             self._residency, self._checkpoints, settings.max_resident_adapters, settings.idle_adapter_s
         )
         self._settlement = Settlement(cost, self._shares, self._residency)
+        self._prices = Prices(cost, self._residency)
         self._chores = chores_of(store, lease, settings)
         self._num_batches = 0
         self._in_hand: list[PendingRequest] = []
@@ -176,7 +178,8 @@ class Leader:
         cancelled = self._pending.take_cancelled()
         for request in cancelled:
             self._setbacks.fail([request], CANCELLED, request.batch)
-        match batching.plan(self._pending, self._shares, self._price, self._limits, self._residency):
+        prices, resident = self._prices, self._residency
+        match batching.plan(self._pending, self._shares, prices.price, self._limits, resident, prices.lasts):
             case None:
                 return await self._write_checkpoints() or bool(orphans or cancelled)
             case Measure(request):
@@ -193,9 +196,6 @@ class Leader:
                 await self._execute(plan)
         self._in_hand = []
         return True
-
-    def _price(self, request: PendingRequest, chunk: int) -> int:
-        return self._cost.estimate_us(features(request, chunk, self._residency.num_parameters(request.adapter)))
 
     async def _read_body(self, request: PendingRequest) -> None:
         if request.verdict is not None:
@@ -253,7 +253,7 @@ class Leader:
                 result = await self._call(self._host.link.run(told, plan.estimated_us / 1e6))
                 results.require_finite(result.results)
                 busy_us = result.busy_us
-                charges = self._settlement.charge(plan, result.results, busy_us)
+                charges = self._settlement.charge(plan, result.results, busy_us, result.own_us)
                 answers = self._settlement.answers(plan, batch, result.results)
         except asyncio.CancelledError:
             self._journal.say(kinds.BatchLost(batch=batch, reason="the server stopped in the middle of it"))

@@ -63,6 +63,11 @@ class PendingRequest:
     chunks: list[tuple[int, int]] = field(default_factory=list)
     """Ranges [start, stop) of its datums or samples that it runs in; one (0, 0) where it is not cut; empty until its
     body was read."""
+    draws: list[tuple[int, int]] = field(default_factory=list)
+    """Of a sample, for each chunk: which of the draws at the positions of its prompt, [start, stop); empty: the first
+    makes all."""
+    num_prompt_targets: int = 0
+    """Of a sample, known once it is measured: targets at each position of its prompt."""
     outcomes: list[ForwardBackwardDone | SampleDone] = field(default_factory=list)
     """Answers of the chunks that ran, in order."""
     cost_us: int = 0
@@ -79,10 +84,25 @@ class PendingRequest:
         """Whether its chunks are known, so that it can be planned."""
         return bool(self.chunks)
 
-    def measure(self, lengths: Sequence[int], chunks: Sequence[tuple[int, int]]) -> None:
+    def measure(
+        self,
+        lengths: Sequence[int],
+        chunks: Sequence[tuple[int, int]],
+        draws: Sequence[tuple[int, int]] = (),
+        num_prompt_targets: int = 0,
+    ) -> None:
         """Its body was read: how long its datums are and where it is cut."""
         self.lengths = tuple(lengths)
         self.chunks = list(chunks)
+        self.draws = list(draws)
+        self.num_prompt_targets = num_prompt_targets
+
+    def draws_of(self, index: int) -> tuple[int, int]:
+        """Draws [start, stop) at the positions of a sample's prompt that chunk `index` makes."""
+        if self.draws:
+            return self.draws[index]
+        assert isinstance(self.event, kinds.SampleRequested)
+        return (0, self.event.params.prompt_draws) if index == 0 else (0, 0)
 
     @property
     def suspect(self) -> bool:

@@ -11,7 +11,7 @@ from tinkerbell.events import kinds
 from tinkerbell.events.kinds import FAILED, AnyResult, Body, LogprobsBody, OutputsBody, SamplesBody
 from tinkerbell.executors.port import ForwardBackwardDone, OptimStepDone, SampleDone, UnitResult
 from tinkerbell.scheduler.pending import PendingRequest
-from tinkerbell.types import Category, DatumOutputs
+from tinkerbell.types import Category, DatumOutputs, PromptScores
 
 
 def stream_of(request: PendingRequest) -> str:
@@ -106,9 +106,31 @@ def sample_done(request: PendingRequest, batch: str, step: int) -> tuple[AnyResu
         num_prompt_tokens=event.num_tokens,
         num_sampled_tokens=sum(len(sequence.tokens) // 4 for sequence in sequences),
     )
-    first = parts[0]
-    return completed, SamplesBody(
-        sequences=sequences, prompt_logprobs=first.prompt_logprobs, prompt_scores=first.prompt_scores
+    scores = _joined([part.prompt_scores for part in parts if part.prompt_scores is not None], event.num_tokens - 1)
+    return completed, SamplesBody(sequences=sequences, prompt_logprobs=parts[0].prompt_logprobs, prompt_scores=scores)
+
+
+def _joined(parts: list[PromptScores], num_rows: int) -> PromptScores | None:
+    """What units found of one prompt, in order: the first has all but the draws, which go beside one another in each
+    row."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+
+    def beside(columns: list[bytes | None]) -> bytes | None:
+        found = [column for column in columns if column is not None]
+        if not found:
+            return None
+        widths = [len(column) // num_rows if num_rows else 0 for column in found]
+        return b"".join(
+            column[row * width : (row + 1) * width]
+            for row in range(num_rows)
+            for column, width in zip(found, widths, strict=True)
+        )
+
+    return msgspec.structs.replace(
+        parts[0],
+        drawn_tokens=beside([part.drawn_tokens for part in parts]),
+        drawn_logprobs=beside([part.drawn_logprobs for part in parts]),
     )
 
 

@@ -15,7 +15,7 @@ from tinkerbell.executors.port import (
 )
 from tinkerbell.scheduler import results
 from tinkerbell.scheduler.batching import Plan
-from tinkerbell.scheduler.cost import CostModel, features, split_us
+from tinkerbell.scheduler.cost import CostModel, divide_us, features, learn
 from tinkerbell.scheduler.fair_share import FairShare
 from tinkerbell.scheduler.pending import PendingRequest
 from tinkerbell.scheduler.residency import Residency
@@ -40,21 +40,24 @@ class Settlement:
         self._shares = shares
         self._residency = residency
 
-    def charge(self, plan: Plan, outcomes: Sequence[UnitResult | None], busy_us: int) -> list[tuple[int, int]]:
-        """Divide `busy_us` over the plan's requests, (position, microseconds), in proportion to what their
-        units needed; correct the shares, which were charged estimates."""
+    def charge(
+        self, plan: Plan, outcomes: Sequence[UnitResult | None], busy_us: int, own_us: Sequence[int] | None = None
+    ) -> list[tuple[int, int]]:
+        """Divide `busy_us` over the plan's requests, (position, microseconds): what each had to itself, and what they
+        shared in proportion to what their units needed of it; correct the shares, which were charged estimates.
+        `own_us`: as in BatchResult."""
         needed = [
             features(work.request, work.chunk, self._residency.num_parameters(work.request.adapter), outcome)
             for work, outcome in zip(plan.works, outcomes, strict=True)
         ]
-        parts = split_us(busy_us, [self._cost.estimate_us(each) for each in needed])
+        parts = divide_us(busy_us, needed, own_us, self._cost)
         charges: dict[int, int] = {}
         for work, part in zip(plan.works, parts, strict=True):
             request = work.request
             request.cost_us += part
             charges[request.position] = charges.get(request.position, 0) + part
             self._shares.correct(request.tenant, request.adapter or "", part - work.estimated_us)
-        self._cost.observe(needed, busy_us)
+        learn(self._cost, busy_us, needed, own_us)
         return list(charges.items())
 
     def refund(self, plan: Plan) -> None:

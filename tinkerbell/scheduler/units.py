@@ -81,8 +81,8 @@ def _outputs(event: kinds.ForwardRequested | kinds.ForwardBackwardRequested) -> 
 
 
 def _unscored(unit: Sample) -> Sample:
-    """The same of a prompt that was scored with the samples before."""
-    params = msgspec.structs.replace(unit.params, prompt_logprobs=False, prompt_top_logprobs=0, prompt_draws=0)
+    """The same of a prompt that was scored with the units before, but for its draws."""
+    params = msgspec.structs.replace(unit.params, prompt_logprobs=False, prompt_top_logprobs=0)
     return msgspec.structs.replace(unit, params=params, prompt_targets=None)
 
 
@@ -97,6 +97,7 @@ async def _unit(work: Work, bodies: Bodies) -> Unit:
             body = await bodies.get(request)
             assert isinstance(body, SampleBody)
             start, stop = request.chunks[work.chunk]
+            first, last = request.draws_of(work.chunk)
             unit = Sample(
                 request=request.position,
                 adapter=request.adapter,
@@ -105,6 +106,8 @@ async def _unit(work: Work, bodies: Bodies) -> Unit:
                 seed=sample_seed(request),
                 start=start,
                 stop=stop,
+                draws_start=first,
+                draws_stop=last,
                 prompt_targets=body.prompt_targets,
             )
             return unit if work.first else _unscored(unit)

@@ -14,6 +14,7 @@ from tinkerbell.executors.hf.model import load
 from tinkerbell.executors.hf.placement import Adapters
 from tinkerbell.executors.hf.sampler import Sampler
 from tinkerbell.executors.hf.trainer import Trainer
+from tinkerbell.executors.meter import Meter
 from tinkerbell.executors.port import (
     AdapterReport,
     AdapterState,
@@ -117,28 +118,34 @@ class HFExecutor:
     def run(self, batch: Batch) -> BatchResult:
         """See the port. Rounds: every adapter's next run of like units goes with those of the other adapters."""
         started = time.perf_counter_ns()
+        meter = Meter()
         results: dict[int, UnitResult] = {}
         lines: dict[AdapterId | None, list[int]] = {}
         for index, unit in enumerate(batch.units):
             lines.setdefault(unit.adapter, []).append(index)
         while any(lines.values()):
-            for joins, execute in self._stages():
+            for joins, execute in self._stages(meter):
                 taken = [index for line in lines.values() for index in _leading(line, batch.units, joins)]
                 taken.sort()
                 self._adapters.bring(filter(None, (batch.units[index].adapter for index in taken)))
                 results.update(zip(taken, execute([batch.units[index] for index in taken]), strict=True))
+        # A device that works ahead of its host is waited for wherever something is read from it.
+        told = self._runtime.device.type == "cpu"
         return BatchResult(
             results=[results[index] for index in range(len(batch.units))],
             busy_us=(time.perf_counter_ns() - started) // 1000,
+            own_us=meter.own_us(batch.units) if told else None,
         )
 
-    def _stages(self) -> list[tuple[Callable[[Unit], bool], Callable[[list[Unit]], Sequence[UnitResult]]]]:
+    def _stages(
+        self, meter: Meter
+    ) -> list[tuple[Callable[[Unit], bool], Callable[[list[Unit]], Sequence[UnitResult]]]]:
         """Which units can run together, and how."""
         return [
-            (_has_backward, lambda units: self._trainer.run(_of(ForwardBackward, units))),
-            (_is_forward, lambda units: self._trainer.run(_of(ForwardBackward, units))),
+            (_has_backward, lambda units: self._trainer.run(_of(ForwardBackward, units), meter)),
+            (_is_forward, lambda units: self._trainer.run(_of(ForwardBackward, units), meter)),
             (_is(OptimStep), lambda units: optimizer.run(_of(OptimStep, units), self._adapters)),
-            (_is(Sample), lambda units: self._sampler.sample(_of(Sample, units))),
+            (_is(Sample), lambda units: self._sampler.sample(_of(Sample, units), meter)),
         ]
 
 

@@ -9,6 +9,7 @@ logsumexp - sum(p z) without the difference of two large numbers. What works on 
 or a kernel that begins anew with every row, so that a row has the same bits in any company.
 """
 
+import time
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -44,6 +45,8 @@ class Rows:
         self.targets = targets
         self.target_logprobs = None if targets is None else like.new_full(targets.shape, torch.nan)
         """[N, K], NaN where there is no target."""
+        self.took_ns = 0.0
+        """That what is wanted took, besides the logprobs."""
 
     def finite(self) -> bool:
         """Whether all numbers are that were asked for."""
@@ -87,9 +90,16 @@ class Sweep:
         self._top: tuple[Tensor, Tensor] | None = None
         """[C, k] largest logits so far, and their columns."""
 
+    def _charge(self, took_ns: float, wanting: Sequence[Rows]) -> None:
+        """Divide what was computed for the whole chunk over those who wanted it."""
+        parts = [min(rows.stop, self._stop) - max(rows.start, self._start) for rows in wanting]
+        for rows, part in zip(wanting, parts, strict=True):
+            rows.took_ns += took_ns * part / sum(parts)
+
     def take(self, softmax: Softmax, first: int, end: int, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What Softmax.take does and returns, z [C, B] being logits of columns [first, end)."""
         for rows in self._wanted:
+            started = time.perf_counter_ns()
             if rows.logits is not None:
                 ours, chunk = self._overlap(rows)
                 rows.logits[ours, first:end] = z[chunk]
@@ -102,20 +112,27 @@ class Sweep:
             if rows.draws is not None:
                 ours, chunk = self._overlap(rows)
                 rows.draws.take(ours, first, z[chunk])
+            rows.took_ns += time.perf_counter_ns() - started
         if self._k:
+            started = time.perf_counter_ns()
             self._top = _join(self._top, largest(z, min(self._k, end - first)), first, self._k)
+            self._charge(time.perf_counter_ns() - started, [rows for rows in self._wanted if rows.spec.top_k])
         if not self._with_entropy:
             return softmax.take(first, end, z)
+        started = time.perf_counter_ns()
         n = softmax.height
         highest = z.amax(1)
         below = z - highest[:, None]
         top, total = softmax.top[:n].clone(), softmax.total[:n].clone()
+        took = time.perf_counter_ns() - started
         p, old, new = softmax.take(first, end, z)
+        started = time.perf_counter_ns() - took
         mean = below.mul_(p).sum(1)
         moment = mean.add_(highest - softmax.top[:n]).mul_(new[:, 0])
         if self._moment is not None:
             moment += self._moment.add_((top - softmax.top[:n]).mul_(total)).mul_(old[:, 0])
         self._moment = moment
+        self._charge(time.perf_counter_ns() - started, [rows for rows in self._wanted if rows.spec.entropy])
         return p, old, new
 
     def finish(self, softmax: Softmax) -> None:

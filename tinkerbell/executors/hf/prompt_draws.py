@@ -19,10 +19,13 @@ from tinkerbell.executors.randomness import PROMPT, uniform
 class Draws:
     """k tokens for each of N rows."""
 
-    def __init__(self, num_rows: int, k: int, temperature: float, seed: int, like: Tensor) -> None:
-        """`temperature` > 0. The draws of row n are a function of (seed, draw, n). In the dtype and on the device of
-        `like`."""
-        numbers = [[uniform(seed, n, row, PROMPT) for n in range(2 * k)] for row in range(num_rows)]
+    def __init__(self, num_rows: int, draws: range, temperature: float, seed: int, like: Tensor) -> None:
+        """`temperature` > 0. Each of the k `draws` of row n is a function of (seed, draw, n). In the dtype and on the
+        device of `like`."""
+        k = len(draws)
+        numbers = [
+            [uniform(seed, n, row, PROMPT) for n in range(2 * draws.start, 2 * draws.stop)] for row in range(num_rows)
+        ]
         mark()
         both = torch.tensor(numbers, dtype=torch.float64, device=like.device).view(num_rows, k, 2)
         self._u, self._place = both[..., 0].contiguous(), both[..., 1].contiguous()

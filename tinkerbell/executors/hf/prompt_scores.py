@@ -46,13 +46,13 @@ def wanted(unit: Sample) -> bool:
 
 
 def _wants_more(unit: Sample) -> bool:
-    return unit.params.prompt_top_logprobs > 0 or unit.params.prompt_draws > 0 or unit.prompt_targets is not None
+    return unit.params.prompt_top_logprobs > 0 or bool(unit.draws) or unit.prompt_targets is not None
 
 
 def score(runtime: Runtime, unit: Sample, adapter: Adapter | None, hidden: Tensor | None) -> Scores:
     """Of a prompt, given hidden rows [P - 1, D] of its tokens but the last; None for a prompt of one token. Raises
     NonFinite."""
-    top_k, num_draws = unit.params.prompt_top_logprobs, unit.params.prompt_draws
+    top_k, num_draws = unit.params.prompt_top_logprobs, len(unit.draws)
     greedy = num_draws > 0 and unit.params.temperature == 0
     # What is drawn at temperature 0 is the likeliest token.
     spec = OutputSpec(top_k=max(top_k, int(greedy)))
@@ -71,7 +71,7 @@ def score(runtime: Runtime, unit: Sample, adapter: Adapter | None, hidden: Tenso
             others = None if targets is None else targets[1:].to(hidden.device)
             draws = None
             if num_draws and not greedy:
-                draws = Draws(count, num_draws, unit.params.temperature, unit.seed, like)
+                draws = Draws(count, unit.draws, unit.params.temperature, unit.seed, like)
             rows = Rows(0, count, spec, runtime.head.out_features, like, others, draws)
         observer = None if rows is None else partial(Sweep, [rows])
         logprobs = target_logprobs(runtime, hidden, [prompt[1:, None]], plan, observer)

@@ -26,6 +26,7 @@ from tinkerbell.executors.hf.prompt_scores import Scores
 from tinkerbell.executors.hf.runtime import RowRange, Runtime
 from tinkerbell.executors.hf.sampling import choose, likeliest, normaliser
 from tinkerbell.executors.hf.stop import StopTexts, load_tokenizer
+from tinkerbell.executors.meter import Meter
 from tinkerbell.executors.port import Sample, SampleDone, UnitFailed
 from tinkerbell.executors.randomness import uniform
 from tinkerbell.types import AdapterId, ModelInfo, SampledSequence
@@ -147,14 +148,18 @@ class Sampler:
         self._max_rows = max_rows
         self._cache_bytes = cache_bytes
         self._tokenizer: Any = None
+        self._meter = Meter()
+        """Of the samples under way."""
 
     @cached_property
     def _decoder(self) -> Decoder:
         """Made for the first sample: what only trains need not wait for it."""
         return Decoder(self._runtime)
 
-    def sample(self, units: Sequence[Sample]) -> list[SampleDone | UnitFailed]:
-        """Answers in the order of `units`. A failed unit leaves the others untouched."""
+    def sample(self, units: Sequence[Sample], meter: Meter | None = None) -> list[SampleDone | UnitFailed]:
+        """Answers in the order of `units`. A failed unit leaves the others untouched. `meter` is told whose all of it
+        was: passes are divided by the rows of each unit."""
+        self._meter = meter = meter or Meter()
         answers: dict[int, SampleDone | UnitFailed] = {}
         jobs: dict[int, _Job] = {}
         for index, unit in enumerate(units):
@@ -171,7 +176,7 @@ class Sampler:
                 answers |= {index: failed(job.unit.request, exc) for index, job in jobs.items()}
             else:
                 # Each by itself, so that only the culprit fails.
-                answers |= {index: self.sample([units[index]])[0] for index in jobs}
+                answers |= {index: self.sample([units[index]], meter)[0] for index in jobs}
         return [answers[index] for index in range(len(units))]
 
     def _job(self, unit: Sample) -> _Job:
@@ -216,13 +221,16 @@ class Sampler:
         while waiting or streams:
             streams += self._admit(waiting, streams, store)
             rows = [stream.row() for stream in streams]
-            for stream, logits in zip(streams, self._decoder.step(rows), strict=True):
+            with self._meter.divided([(stream.job.unit, 1.0) for stream in streams]):
+                stepped = self._decoder.step(rows)
+            for stream, logits in zip(streams, stepped, strict=True):
                 job = stream.job
-                try:
-                    if job.failure is None and not stream.extend(logits):
-                        continue
-                except NonFinite as exc:
-                    job.failure = failed(job.unit.request, exc)
+                with self._meter.of(job.unit):
+                    try:
+                        if job.failure is None and not stream.extend(logits):
+                            continue
+                    except NonFinite as exc:
+                        job.failure = failed(job.unit.request, exc)
             ended = [s for s in streams if s.job.failure is not None or s.index in s.job.sequences]
             for stream in ended:
                 stream.cache.close()
@@ -236,15 +244,18 @@ class Sampler:
         tokens = sum(stream.job.longest for stream in streams)
         room_tokens = self._cache_bytes // self._decoder.token_bytes
         starting: list[tuple[_Job, int]] = []
+        fresh: list[_Job] = []
         while waiting:
             job = waiting[0]
-            if rows and (rows >= self._max_rows or tokens + job.longest > room_tokens):
+            if (rows or fresh) and (rows >= self._max_rows or tokens + job.longest > room_tokens):
                 break
-            starting.append((job, job.waiting.popleft()))
-            rows, tokens = rows + 1, tokens + job.longest
+            if len(job.waiting) == len(job.unit.indices):
+                fresh.append(job)
+            if job.waiting:
+                starting.append((job, job.waiting.popleft()))
+                rows, tokens = rows + 1, tokens + job.longest
             if not job.waiting:
                 waiting.popleft()
-        fresh = [job for job, index in starting if index == job.unit.start]
         for pack in _packs(fresh):
             self._prefill(pack)
         admitted: list[_Stream] = []
@@ -254,6 +265,9 @@ class Sampler:
                 admitted.append(_Stream(job, index, store.open(job.prefix)))
                 if index == job.unit.indices[-1]:
                     job.prefix = None
+        for job in fresh:
+            if not job.unit.indices:
+                job.prefix = None
         return admitted
 
     def _prefill(self, jobs: Sequence[_Job]) -> None:
@@ -275,11 +289,12 @@ class Sampler:
         attention = PrefillAttention([prefix for _, prefix in long])
         plan = arrange(bounds, ranges, attention, self._runtime.products(), self._runtime.heights)
         num_rows = plan.bounds[-1]
-        hidden = self._runtime.hidden(
-            column([torch.tensor(job.prompt[:-1], device=device) for job, _ in long], num_rows),
-            column([torch.arange(prefix.length, device=device) for _, prefix in long], num_rows),
-            plan,
-        )
+        with self._meter.divided([(job.unit, float(prefix.length)) for job, prefix in long]):
+            hidden = self._runtime.hidden(
+                column([torch.tensor(job.prompt[:-1], device=device) for job, _ in long], num_rows),
+                column([torch.arange(prefix.length, device=device) for _, prefix in long], num_rows),
+                plan,
+            )
         for (job, _), start, stop in zip(long, bounds, bounds[1:], strict=False):
             self._score(job, hidden[start:stop])
 
@@ -288,7 +303,8 @@ class Sampler:
         if not prompt_scores.wanted(job.unit):
             return
         try:
-            job.scores = prompt_scores.score(self._runtime, job.unit, job.adapter, hidden)
+            with self._meter.of(job.unit):
+                job.scores = prompt_scores.score(self._runtime, job.unit, job.adapter, hidden)
         except NonFinite as exc:
             job.failure = failed(job.unit.request, exc)
 

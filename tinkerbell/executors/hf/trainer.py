@@ -18,6 +18,7 @@ from tinkerbell.executors.hf.head_outputs import Rows, Sweep
 from tinkerbell.executors.hf.memory import activation_bytes_per_token
 from tinkerbell.executors.hf.packing import PACK_TOKENS, MicroBatch, Products, column, micro_batch, packs, plan
 from tinkerbell.executors.hf.runtime import Runtime
+from tinkerbell.executors.meter import Meter
 from tinkerbell.executors.port import ForwardBackward, ForwardBackwardDone, UnitFailed
 from tinkerbell.losses.registry import LossValue, evaluate
 from tinkerbell.types import AdapterId, ModelInfo
@@ -79,6 +80,8 @@ class Trainer:
             pack_tokens = min(pack_tokens, max(LEAST_TOKENS, self._max_kept_tokens))
         self._pack_tokens = pack_tokens
         self._open: dict[AdapterId, _OpenRequest] = {}
+        self._meter = Meter()
+        """Of the run in progress."""
 
     def products(self) -> Products:
         """How base products run, with the present number of threads."""
@@ -88,12 +91,14 @@ class Trainer:
         """Drop what an unfinished request of the adapter left."""
         self._open.pop(adapter, None)
 
-    def run(self, units: Sequence[ForwardBackward]) -> list[Answer]:
+    def run(self, units: Sequence[ForwardBackward], meter: Meter | None = None) -> list[Answer]:
         """Answers in the order of `units`, which has the chunks of each adapter in request order.
 
         A finished request's gradient is added to its adapter's. A failed unit leaves its adapter as it was and
-        the other units untouched.
+        the other units untouched. `meter` is told what belongs to one unit alone: its loss, what it wants answered, and
+        its gradient.
         """
+        self._meter = meter or Meter()
         entries = [self._entry(unit) for unit in units]
         # In order: chunks of an adapter's next request may not be settled before those of this one.
         for backward, group in groupby(entries, key=lambda entry: entry.unit.backward):
@@ -146,7 +151,8 @@ class Trainer:
 
     def _compute(self, pack: list[MicroBatch], backward: bool, recompute: bool) -> list[Answer]:
         for batch in pack:
-            batch.gradient = batch.adapter.new_buffer() if backward else None
+            with self._meter.of(batch.unit):
+                batch.gradient = batch.adapter.new_buffer() if backward else None
         rows = plan(pack, self.products(), self._runtime.heights)
         num_rows = rows.bounds[-1]
         if recompute or (self._max_kept_tokens is not None and num_rows > self._max_kept_tokens):
@@ -162,15 +168,22 @@ class Trainer:
             observer = partial(Sweep, [found for found in wanted if found is not None]) if any(wanted) else None
             logprobs = target_logprobs(self._runtime, hidden, targets, rows, observer)
         parts = torch.split(logprobs.detach(), [batch.targets.numel() for batch in pack])
-        values = [_evaluate(batch, part) for batch, part in zip(pack, parts, strict=True)]
+        values: list[LossValue | UnitFailed] = []
+        for batch, part in zip(pack, parts, strict=True):
+            with self._meter.of(batch.unit):
+                values.append(_evaluate(batch, part))
         if backward and any(isinstance(value, LossValue) for value in values):
             upstream = [
                 value.gradient if isinstance(value, LossValue) else torch.zeros_like(part)
                 for value, part in zip(values, parts, strict=True)
             ]
             torch.autograd.backward(logprobs, torch.cat(upstream))
-        found = zip(pack, values, parts, wanted, strict=True)
-        return [_answer(batch, value, part, outputs) for batch, value, part, outputs in found]
+        answers: list[Answer] = []
+        for batch, value, part, outputs in zip(pack, values, parts, wanted, strict=True):
+            with self._meter.of(batch.unit):
+                answers.append(_answer(batch, value, part, outputs))
+            self._meter.add(batch.unit, 0.0 if outputs is None else outputs.took_ns)
+        return answers
 
     def _outputs(self, pack: list[MicroBatch], hidden: Tensor) -> list[Rows | None]:
         """Room for the outputs of each micro-batch that wants any."""
@@ -186,6 +199,10 @@ class Trainer:
 
     def _settle(self, entry: _Entry) -> None:
         """Let the unit take effect, in request order: chunks add to their request, its last one to the adapter."""
+        with self._meter.of(entry.unit):
+            self._take_effect(entry)
+
+    def _take_effect(self, entry: _Entry) -> None:
         unit, answer = entry.unit, entry.answer
         assert answer is not None
         if unit.first:
