@@ -20,17 +20,33 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.support import log
+from tests.support import limits, log
+from tests.support.poison import poisoned
 from tinkerbell.cli.bench.postgres import ScratchPostgres
 from tinkerbell.config import Settings
-from tinkerbell.errors import AlreadyAnswered, Conflict, Fenced, IdempotencyConflict, NotFound, SequenceConflict
+from tinkerbell.errors import (
+    AlreadyAnswered,
+    Conflict,
+    Fenced,
+    IdempotencyConflict,
+    InvalidRequest,
+    NotFound,
+    SequenceConflict,
+)
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import NewEvent, Recorded
 from tinkerbell.events.leases import Lease
 from tinkerbell.events.store import EventStore
+from tinkerbell.types import SamplingParams
 
 ADAPTERS = {"ad_a": "alice", "ad_b": "alice", "ad_c": "bob"}
 NAMES = st.sampled_from(sorted(ADAPTERS))
+BUILT = [
+    (type_, each)
+    for type_ in ("sample.requested", "forward_backward.requested", "optim_step.requested", "session.started")
+    for each in limits.varied(log.examples()[type_][0])
+]
+"""Events built in code, each with one field at a limit, under it or over it."""
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -49,6 +65,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.next_seq: dict[str, int] = {}
         self.waiting: dict[str, list[Recorded]] = {name: [] for name in ADAPTERS}
         self.samples: list[Recorded] = []
+        self.unreadable: set[int] = set()
         self.keys: dict[tuple[str, str], tuple[str, int]] = {}
         self.lease: Lease | None = None
         self.epoch = 0
@@ -63,9 +80,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     def open(self) -> None:
         self.store = EventStore.open(self.settings)
-        self.tail_from = self.head
         self.tail = []
-        self.store.subscribe(self.see)
+        # From the beginning: what lies in the database, and cannot all be read, comes before what is written now.
+        self.store.subscribe(self.see, after=0)
 
     def see(self, events: Sequence[Recorded]) -> None:
         self.tail += [item.position for item in events]
@@ -145,6 +162,50 @@ class StoreMachine(RuleBasedStateMachine):
         self.keys[tenant, key] = (what, recorded.position)
         self.samples.append(recorded)
 
+    # ---- what is built in code, and what cannot be read --------------------------------------------------------------
+
+    @rule(built=st.lists(st.integers(0, len(BUILT) - 1), min_size=1, max_size=6))
+    def ask_for_what_was_built(self, built: list[int]) -> None:
+        for type_, each in map(BUILT.__getitem__, built):
+            _, body = log.examples()[type_]
+            new = NewEvent(event=each.struct, tenant="alice", stream="tenant/alice", body=body)  # type: ignore[arg-type]
+            adapter = "ad_a" if type_ in ("forward_backward.requested", "optim_step.requested") else None
+            if adapter is not None:
+                new = msgspec.structs.replace(new, stream=f"adapter/{adapter}", adapter=adapter)
+            try:
+                (recorded,) = self.store.append(new)
+            except InvalidRequest as exc:
+                assert not each.fits and each.field in exc.detail
+                continue
+            except NotFound:
+                assert each.fits and adapter is not None and self.states[adapter] != "living"
+                continue
+            assert each.fits
+            self.accept(recorded)
+            assert self.store.get(recorded.position) == recorded
+            if adapter is not None:
+                self.next_seq[adapter] += 1
+                self.waiting[adapter].append(recorded)
+            elif isinstance(recorded.event, kinds.SampleRequested):
+                self.samples.append(recorded)
+
+    @rule(name=st.one_of(st.none(), NAMES), newer=st.booleans())
+    def meet_what_cannot_be_read(self, name: str | None, newer: bool) -> None:
+        """As an older release wrote it beyond the limits, or as a newer one writes it."""
+        event = kinds.SampleRequested(params=SamplingParams(stop=() if newer else ("",)), num_tokens=3)
+        new = msgspec.structs.replace(log.sample(name, ADAPTERS[name] if name else "bob"), event=event)
+        with poisoned(version=9 if newer else None):
+            try:
+                (recorded,) = self.store.append(new)
+            except NotFound:
+                assert name is not None and self.states.get(name) != "living"
+                return
+        self.accept(recorded)
+        self.unreadable.add(recorded.position)
+        read = self.store.get(recorded.position)
+        assert read is not None and isinstance(read.event, kinds.Unreadable)
+        self.samples.append(read)
+
     # ---- results -----------------------------------------------------------------------------------------------------
 
     @rule(name=NAMES, fails=st.lists(st.booleans(), min_size=1, max_size=4))
@@ -200,7 +261,9 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def answer_sample(self, data: st.DataObject) -> None:
         asked = self.samples.pop(data.draw(st.integers(0, len(self.samples) - 1)))
-        (recorded,) = self.store.append(log.sample_completed(asked))
+        readable = not isinstance(asked.event, kinds.Unreadable)
+        failure = kinds.SampleFailed(category="server", code="corrupt", message="it cannot be read")
+        (recorded,) = self.store.append(log.sample_completed(asked) if readable else log.result(failure, asked))
         self.accept(recorded)
 
     # ---- leases, groups, restarts ------------------------------------------------------------------------------------
@@ -257,6 +320,10 @@ class StoreMachine(RuleBasedStateMachine):
         try:
             report = self.store.check()
             assert report.num_events == self.head
+            assert {each.position for each in report.unreadable} == self.unreadable
+            read = self.store.read(0, limit=self.head)
+            assert [each.position for each in read] == list(range(1, self.head + 1))
+            assert {each.position for each in read if isinstance(each.event, kinds.Unreadable)} == self.unreadable
             for name, state in self.states.items():
                 row = self.store.queries.adapter(ADAPTERS[name], name)
                 assert row is not None and row.next_seq == self.next_seq[name]
@@ -265,7 +332,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.close()
             self.directory.cleanup()
         # The tail may have been stopped early by a close, but never skips and never repeats.
-        assert self.tail == list(range(self.tail_from + 1, self.tail_from + 1 + len(self.tail)))
+        assert self.tail == list(range(1, 1 + len(self.tail)))
 
 
 def test_histories_on_sqlite(sqlite_template: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from tests.support.api_driver import ApiDriver, problem, record_environment
 from tinkerbell.api import schemas
 from tinkerbell.config import Settings
+from tinkerbell.events.leases import SCHEDULER
 from tinkerbell.events.store import EventStore
 
 
@@ -28,9 +29,14 @@ def test_ready_once_the_environment_is_known(api: ApiDriver) -> None:
     assert refused.headers["retry-after"] == "1"
     problem(api.get("/v1/models"), 503, "unavailable")
     record_environment(api.store)
+    assert "scheduler" in api.get("/readyz").json()["reason"]
+    lease = api.store.acquire_lease(SCHEDULER, "a scheduler", 60.0)
+    assert lease is not None
     ready = api.get("/readyz")
     assert (ready.status_code, ready.json()) == (200, {"ready": True, "reason": ""})
     api.submit("/v1/adapters")
+    api.store.release_lease(lease)
+    assert api.get("/readyz").status_code == 503
 
 
 def test_a_dead_scheduler_is_told_and_takes_no_more(settings: Settings, sqlite_store: EventStore) -> None:

@@ -12,6 +12,9 @@ from tinkerbell.events.state import LeaseFacts
 from tinkerbell.events.tables import leases
 from tinkerbell.types import SYSTEM_TENANT
 
+SCHEDULER = "scheduler"
+"""The lease of whoever answers requests."""
+
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):
     """A lease that was granted. Whether it still holds is known at commit only: see NewEvent.fence."""
@@ -46,6 +49,12 @@ def database_now_us(connection: sa.Connection) -> int:
         return time.time_ns() // 1000
     clock = sa.cast(sa.func.extract("epoch", sa.func.clock_timestamp()) * 1_000_000, sa.BigInteger)
     return int(connection.execute(sa.select(clock)).scalar_one())
+
+
+def is_held(connection: sa.Connection, resource: str) -> bool:
+    """Whether anybody holds the lease now."""
+    row = connection.execute(sa.select(leases).where(leases.c.resource == resource)).mappings().first()
+    return row is not None and row["expires_us"] > database_now_us(connection) and not has_ended(row["holder"])
 
 
 def stream_of(resource: str) -> str:

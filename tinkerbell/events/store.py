@@ -11,10 +11,11 @@ import sqlalchemy as sa
 
 from tinkerbell.config import Settings
 from tinkerbell.errors import Corrupt, SchemaOutdated, ServerError, StorageUnavailable, Unavailable
-from tinkerbell.events import check, codec, outcomes, reading, schema, seals
+from tinkerbell.events import check, codec, leases, outcomes, reading, schema, seals
 from tinkerbell.events.blobs import BlobFile, BlobStore
 from tinkerbell.events.check import CheckReport
 from tinkerbell.events.check_seals import KeptSeal
+from tinkerbell.events.codec import Prepared
 from tinkerbell.events.engine import make_engine, snapshot
 from tinkerbell.events.kinds import Body, LogSealed, NewEvent, Recorded, type_of
 from tinkerbell.events.leases import Claim, Lease, LeaseCall, Renewal
@@ -140,9 +141,20 @@ class EventStore:
         else:
             outcomes.deliver([(waiter, [])])
 
+    def takes(self, new: NewEvent) -> bool:
+        """Whether the event can be stored, whatever the log's rules say to it then."""
+        try:
+            self._prepared(new)
+        except Exception:  # noqa: BLE001 - whatever it is, `submit` raises it
+            return False
+        return True
+
+    def _prepared(self, new: NewEvent) -> Prepared:
+        return codec.prepare(new, partial(self._vault.seal, new.tenant) if self._encrypt else None)
+
     def _item(self, new: NewEvent, written: list[BlobFile]) -> Item:
         """`written` gets the files that are made for it, also where it raises."""
-        prepared = codec.prepare(new, partial(self._vault.seal, new.tenant) if self._encrypt else None)
+        prepared = self._prepared(new)
         refs: dict[str, BlobRef] = {}
         try:
             for name, data in prepared.blobs.items():
@@ -275,6 +287,14 @@ class EventStore:
         """Keep the lease for `ttl_s` from now; False when somebody else has it. It may have run out in between as
         long as nobody took it: the epoch decides."""
         return self._renew(lease, int(ttl_s * 1_000_000))
+
+    def is_held(self, resource: str) -> bool:
+        """Whether anybody holds the lease now. Raises Unavailable."""
+        try:
+            with self._read_engine.connect() as connection:
+                return leases.is_held(connection, resource)
+        except sa.exc.SQLAlchemyError as exc:
+            raise Unavailable("the database does not answer") from exc
 
     def release_lease(self, lease: Lease) -> None:
         """Give the lease back; nothing happens when it is lost already."""

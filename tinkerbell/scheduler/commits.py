@@ -182,5 +182,7 @@ class Commits:
 
     def _refuse(self, exc: Exception, events: Sequence[NewEvent]) -> None:
         if self._failure is None and not isinstance(exc, _NOT_OVER_EVENTS):
-            self.refused = [e.causation for e in events if e.causation is not None and is_result(e.event)]
+            answers = [event for event in events if is_result(event.event)]
+            over = [event for event in answers if not self._store.takes(event)] or answers
+            self.refused = [event.causation for event in over if event.causation is not None]
         self.fail(exc)

@@ -235,17 +235,11 @@ class Leader:
         except (*UNREADABLE, *TRY_AGAIN):
             self._withdraw(plan)
             return
-        assert self._host.environment is not None
-        self._journal.plan(
-            kinds.BatchPlanned(
-                batch=batch,
-                lane=plan.lane,
-                environment=self._host.environment.digest,
-                units=[planned(work) for work in plan.works],
-                estimated_us=plan.estimated_us,
-            )
-        )
+        except Exception as exc:  # noqa: BLE001 - one of its requests is why
+            await self._lose_batch(plan, batch, exc)
+            return
         try:
+            self._journal.plan(self._planned(plan, batch))
             if plan.lane == "control":
                 answers, charges, busy_us = await self._run_control(plan, batch)
             else:
@@ -284,6 +278,16 @@ class Leader:
         if plan.lane != "control":
             self._served(plan, busy_us)
         await self._write_checkpoints()
+
+    def _planned(self, plan: Plan, batch: str) -> kinds.BatchPlanned:
+        assert self._host.environment is not None
+        return kinds.BatchPlanned(
+            batch=batch,
+            lane=plan.lane,
+            environment=self._host.environment.digest,
+            units=[planned(work) for work in plan.works],
+            estimated_us=plan.estimated_us,
+        )
 
     def _served(self, plan: Plan, busy_us: int) -> None:
         adapters = {(request.tenant, request.adapter) for request in plan.requests}

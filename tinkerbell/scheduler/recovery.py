@@ -102,9 +102,9 @@ def find_marks(store: EventStore, adapter: AdapterId) -> Marks:
     while page := store.read_back(
         before=events[0].position if events else None, limit=_PAGE_BACK, adapter=adapter, types=_MARKS
     ):
-        _require_readable(page)
         events = page[::-1] + events
         marks = last_marks(events)
+        _require_readable(each for each in events if _may_bound(each) and (marks is None or _is_after(each, marks)))
         # An event comes after the request it is about: none before the boundary can be newer than these.
         if marks is not None and events[0].position <= marks.boundary:
             return marks
@@ -119,6 +119,15 @@ def _require_readable(events: Iterable[Recorded]) -> None:
     for recorded in events:
         if isinstance(recorded.event, kinds.Unreadable):
             raise StateLost(f"event {recorded.position} of the adapter cannot be read: {recorded.event.why}")
+
+
+def _may_bound(recorded: Recorded) -> bool:
+    """Whether it may be one of BOUNDARIES: a saved state that cannot be read is only one origin less."""
+    return kinds.type_of(recorded.event) not in ("save.completed", "checkpoint.written")
+
+
+def _is_after(recorded: Recorded, marks: Marks) -> bool:
+    return recorded.position > marks.boundary
 
 
 class Recovery:

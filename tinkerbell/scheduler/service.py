@@ -8,7 +8,7 @@ import threading
 from tinkerbell.config import Settings
 from tinkerbell.errors import AlreadyAnswered, ExecutorDied, Fenced, NotFound
 from tinkerbell.events.holders import name_this_process
-from tinkerbell.events.leases import Lease
+from tinkerbell.events.leases import SCHEDULER, Lease
 from tinkerbell.events.store import EventStore
 from tinkerbell.scheduler.cost import CostModel
 from tinkerbell.scheduler.host import ExecutorHost, wait_for
@@ -17,7 +17,7 @@ from tinkerbell.scheduler.setbacks import TRY_AGAIN
 
 log = logging.getLogger("tinkerbell.scheduler")
 
-RESOURCE = "scheduler"
+RESOURCE = SCHEDULER
 """The lease of the one leader."""
 
 PAUSE_S = 1.0
@@ -109,11 +109,10 @@ class SchedulerService:
         cost = CostModel()
         await self._host.start()
         try:
-            self._started.set()
             while not self._stopping.is_set():
                 lease = await self._acquire()
                 if lease is not None:
-                    await self._lead(lease, cost)
+                    await wait_for(self._stopping, await self._lead(lease, cost))
         finally:
             await self._host.link.stop(0.5)
 
@@ -128,6 +127,7 @@ class SchedulerService:
                     self._store.acquire_lease, RESOURCE, self._holder, self._settings.lease_ttl_s
                 )
                 if lease is not None:
+                    self._started.set()
                     return lease
                 if not waiting:
                     log.info("waiting for the lease holder=%s", self._holder)
@@ -138,14 +138,15 @@ class SchedulerService:
             except Exception:
                 log.exception("the lease could not be asked for")
                 pause_s = PAUSE_S
+            self._started.set()
             await wait_for(self._stopping, pause_s)
         return None
 
-    async def _lead(self, lease: Lease, cost: CostModel) -> None:
-        """One leadership, from the lease to its end."""
+    async def _lead(self, lease: Lease, cost: CostModel) -> float:
+        """One leadership, from the lease to its end; for how long then to leave it to others."""
         assert self._stopping is not None and self._host is not None
         if not self._host.link.alive and await self._host.restart(self._stopping) is None:
-            return
+            return 0.0
         leader = self._leader = Leader(self._store, self._settings, self._host, lease, cost, self._blamed)
         if self._stopping.is_set():
             leader.stop()
@@ -161,7 +162,7 @@ class SchedulerService:
                 log.warning("stopped in the middle of a batch holder=%s", self._holder)
                 leading.cancel()
                 await asyncio.wait({leading})
-                return
+                return 0.0
             leading.result()
             await leader.write_checkpoints(deadline)
         except Fenced as exc:
@@ -170,14 +171,14 @@ class SchedulerService:
             log.warning("no recovery points: the executor died detail=%s", exc)
         except TRY_AGAIN as exc:
             log.error("database does not answer detail=%s", exc)
-            await wait_for(self._stopping, PAUSE_S)
+            return PAUSE_S
         except (AlreadyAnswered, NotFound) as exc:
             # What this leader believed is not what the log says. The next one begins with the log.
             log.error("a result was refused epoch=%d detail=%s", lease.epoch, exc)
-            await wait_for(self._stopping, PAUSE_S)
+            return PAUSE_S
         except Exception:
             log.exception("leadership failed epoch=%d requests=%s", lease.epoch, leader.blamed)
-            await self._pause(leader)
+            return self._blame(leader)
         finally:
             self._leader = None
             leader.close()
@@ -188,14 +189,14 @@ class SchedulerService:
                 await asyncio.to_thread(self._store.release_lease, lease)
             except Exception as exc:  # noqa: BLE001 - it runs out by itself
                 log.warning("lease not given back epoch=%d detail=%s", lease.epoch, exc)
+        return 0.0
 
-    async def _pause(self, leader: Leader) -> None:
-        """Remember what the leadership ended over, and wait before the next one."""
-        assert self._stopping is not None
+    def _blame(self, leader: Leader) -> float:
+        """Remember what the leadership ended over; how long to wait before the next one."""
         # Of those before, whatever is answered by now is known no more.
         self._blamed = {position: self._blamed.get(position, 0) + 1 for position in leader.blamed}
         self._failures = 0 if leader.num_batches > 1 else self._failures + 1
-        await wait_for(self._stopping, min(PAUSE_S * 2 ** min(self._failures, 10), LONGEST_PAUSE_S))
+        return min(PAUSE_S * 2.0 ** min(self._failures, 10), LONGEST_PAUSE_S)
 
     async def _renew(self, lease: Lease, leader: Leader) -> None:
         """Keep the lease; tell the leader when that fails for as long as the lease is good."""

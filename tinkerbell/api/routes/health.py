@@ -11,6 +11,7 @@ from tinkerbell import wire
 from tinkerbell.api.auth import PUBLIC
 from tinkerbell.api.context import Context
 from tinkerbell.errors import Unavailable
+from tinkerbell.events.leases import SCHEDULER
 from tinkerbell.types import SYSTEM_TENANT
 
 
@@ -49,9 +50,9 @@ def healthz(context: NamedDependency[Context]) -> Response[wire.Health]:
     responses=_unavailable(wire.Readiness, "Not yet, or not any more; `reason` tells."),
 )
 async def readyz(context: NamedDependency[Context]) -> Response[wire.Readiness]:
-    """Ready once an executor has come up and until the server stops, but for while an executor that died or hung is
-    replaced: what is asked then waits for the new one. Where roles run apart, that is known to the scheduler's process
-    only."""
+    """Ready once an executor has come up and until the server stops, but for while no scheduler leads, in this process
+    or another, or an executor that died or hung is replaced: what is asked then waits. Where roles run apart, the
+    executor's end is known to the scheduler's process only."""
     reason = await context.read(SYSTEM_TENANT, _not_ready, context)
     return Response(wire.Readiness(ready=not reason, reason=reason), status_code=503 if reason else 200)
 
@@ -65,9 +66,10 @@ def _not_ready(context: Context) -> str:
         return "The executor has ended; it is being started again."
     try:
         context.model()
+        led = context.store.is_held(SCHEDULER)
     except Unavailable as error:
         return error.detail
-    return ""
+    return "" if led else "No scheduler answers requests now; they are taken, and wait for one."
 
 
 class Metrics(PrometheusController):
