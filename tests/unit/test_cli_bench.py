@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from tinkerbell.cli.bench.attacks.table import ATTACKS
 from tinkerbell.cli.bench.fairness import jain
 from tinkerbell.cli.bench.measure import closed_loop, closed_loop_async, percentile
 from tinkerbell.cli.bench.report import at_least, below
@@ -69,3 +70,8 @@ def test_a_coroutine_that_fails_ends_the_loop() -> None:
     with pytest.raises(ExceptionGroup) as caught:
         asyncio.run(closed_loop_async([fail], 5.0))
     assert caught.group_contains(RuntimeError, match="refused")
+
+
+def test_every_attack_says_what_it_does_and_has_a_function_of_its_own() -> None:
+    assert all(attack.title.endswith(".") and attack.num_threads >= 1 for attack in ATTACKS.values())
+    assert len({attack.run for attack in ATTACKS.values()}) == len(ATTACKS)

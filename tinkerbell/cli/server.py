@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,10 @@ from tinkerbell.scheduler.service import SchedulerService
 SCHEDULER_GRACE_S = 3.0
 """With the executor's own end and the store's this stays below the 5 s that a server may take to end."""
 LOOK_S = 0.5
+
+SWITCH_S = 0.0005
+"""How long a thread that computes keeps the interpreter from one that has something to do. Python's own 5 ms are paid
+at every answer of the database and of a socket, beside somebody's reads, a dozen times a request."""
 
 log = logging.getLogger("tinkerbell.server")
 
@@ -60,6 +65,7 @@ class Server:
         Raises SchemaOutdated on an old schema, click.UsageError for a host that would be open to everybody,
         and what the executor raised if it cannot start.
         """
+        sys.setswitchinterval(SWITCH_S)
         try:
             with _signals_interrupt():
                 self._run()

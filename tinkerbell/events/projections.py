@@ -39,7 +39,8 @@ KEYS: dict[str, tuple[str, ...]] = {
 
 HOUR_US = 3_600_000_000
 
-_TOTALS = ("num_accepted", "num_failed", "tokens_accepted", "num_answered", "tokens_in", "tokens_out", "cost_us")
+_USED = ("tokens_in", "tokens_out", "cost_us")
+_TOTALS = ("num_accepted", "num_failed", "tokens_accepted", "num_answered", *_USED)
 
 
 class Put(msgspec.Struct, frozen=True):
@@ -313,14 +314,7 @@ def _result(recorded: Recorded, event: kinds.Result, cause: Cause) -> list[Chang
     changes: list[Change] = [
         Set("futures", (recorded.causation,), answered),
         Add("usage", (hour, cause.tenant, cause.adapter or "", cause.kind), used),
-        _totals(
-            cause,
-            num_failed=int(failed),
-            num_answered=1,
-            tokens_in=used["tokens_in"],
-            tokens_out=tokens_out,
-            cost_us=event.cost_us,
-        ),
+        _totals(cause, num_failed=int(failed), num_answered=1, **{name: used[name] for name in _USED}),
         Add("bills", (cause.tenant,), {"cost_us": event.cost_us}),
         Add("lines", (cause.tenant,), {"num_requests": -1, "num_tokens": -cause.reserved_tokens}),
     ]

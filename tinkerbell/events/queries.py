@@ -161,6 +161,17 @@ class Queries(AdapterQueries, BaseModelQueries, SessionQueries, UsageQueries):
         query = sa.select(found.c.tenant).where(found.c.tenant.is_not(None), found.c.tenant != SYSTEM_TENANT)
         return sorted(row["tenant"] for row in self._all(query))
 
+    def environment_of(self, batch: str) -> kinds.EnvironmentRecorded | None:
+        """In which a batch was planned to run; None where the log does not say, or not readably."""
+        b, e = t.batches.c, t.environments.c
+        digest = sa.select(b.environment).where(b.id == batch).scalar_subquery()
+        row = self._first(sa.select(sa.func.min(e.position).label("position")).where(e.digest == digest))
+        if row is None or row["position"] is None:
+            return None
+        with self._engine.connect() as connection:
+            event = reading.at_positions(connection, [row["position"]])[0].event
+        return event if isinstance(event, kinds.EnvironmentRecorded) else None
+
     # ---- the served model ---------------------------------------------------------------------------------------
 
     def environment(self) -> kinds.EnvironmentRecorded | None:

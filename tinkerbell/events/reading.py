@@ -6,12 +6,13 @@ from typing import TypeVar
 import sqlalchemy as sa
 from sqlalchemy import RowMapping
 
+from tinkerbell.events.audited import AUDITED
 from tinkerbell.events.codec import read_event
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.querying import unindexed
 from tinkerbell.events.rules import record
 from tinkerbell.events.state import Original
-from tinkerbell.events.tables import AUDITED, event_blobs, events
+from tinkerbell.events.tables import event_blobs, events
 
 T = TypeVar("T")
 IN_LIMIT = 5000

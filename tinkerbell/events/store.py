@@ -213,7 +213,7 @@ class EventStore:
             return reading.originals(connection, tenant, idempotency_keys)
 
     def audited(self, tenant: str, types: Collection[str], span_us: tuple[int, int], limit: int) -> list[Recorded]:
-        """At most `limit` of the tenant's events of these types, which are of tables.AUDITED_TYPES, recorded in
+        """At most `limit` of the tenant's events of these types, which are of audited.AUDITED_TYPES, recorded in
         [begin, end), by time."""
         with self._read_engine.connect() as connection:
             return reading.audited(connection, tenant, types, span_us, limit)

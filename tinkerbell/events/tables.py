@@ -20,6 +20,8 @@ from sqlalchemy import (
 )
 from sqlalchemy import Column as C  # noqa: N817 - there are 130 of them
 
+from tinkerbell.events.audited import AUDITED
+
 metadata = sa.MetaData(
     naming_convention={
         "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -53,13 +55,6 @@ SAVED = "kind = 'save'"
 KEPT = "kind = 'save' AND NOT deleted"
 RECOVERY_POINT = "kind = 'recovery' AND NOT deleted"
 OPEN = "ended_us IS NULL"
-AUDITED_TYPES = (
-    *("add_lora.requested", "bulk.compacted", "checkpoint.changed", "checkpoint.copied", "key.created", "key.revoked"),
-    *("load.requested", "remove_lora.requested", "sampler.created", "save.requested", "session.ended"),
-    *("session.started", "tenant.configured", "tenant.erased"),
-)
-"""Events that carry no data: who did what. To name more of them is to make the index anew."""
-AUDITED = f"type IN ({', '.join(repr(each) for each in AUDITED_TYPES)})"
 
 
 def _partial(name: str, *columns: str, where: str) -> Index:

@@ -3,13 +3,13 @@ step compared with what the log says it came to: bit for bit where both environm
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from tinkerbell.errors import Corrupt, ExecutorDied, NotFound, ServerError, TinkerbellError, Unavailable
 from tinkerbell.events import kinds
 from tinkerbell.events.base_models import base_model_of, require_same
-from tinkerbell.events.kinds import BatchPlanned, EnvironmentRecorded, Recorded
+from tinkerbell.events.kinds import EnvironmentRecorded, Recorded
 from tinkerbell.events.rows import CheckpointRow
 from tinkerbell.events.store import EventStore
 from tinkerbell.executors.link import ExecutorLink
@@ -26,7 +26,7 @@ from tinkerbell.scheduler.host import ExecutorHost
 from tinkerbell.scheduler.residency import Resident
 from tinkerbell.scheduler.tail import Committed, committed_tail
 from tinkerbell.scheduler.units import units_again
-from tinkerbell.types import SYSTEM_TENANT, AdapterId, CheckpointId, LoraConfig, TenantId
+from tinkerbell.types import AdapterId, CheckpointId, LoraConfig, TenantId
 
 log = logging.getLogger("tinkerbell.scheduler")
 
@@ -257,21 +257,13 @@ class Recovery:
 
     def _environment_of(self, committed: Committed) -> EnvironmentRecorded:
         """In which the log has it. Raises Corrupt."""
-        plans = self._system(committed.request.position, "batch.planned")
-        digest = next(
-            (p.environment for p in plans if isinstance(p, BatchPlanned) and p.batch == committed.result.batch), None
-        )
-        for event in self._system(0, "environment.recorded"):
-            if isinstance(event, EnvironmentRecorded) and event.digest == digest:
-                return event
-        raise Corrupt(
-            f"the log does not say in which environment the request at position {committed.request.position} ran"
-        )
-
-    def _system(self, after: int, kind: str) -> Iterator[kinds.AnyRead]:
-        while page := self._store.read(after, limit=_PAGE, tenant=SYSTEM_TENANT, types=[kind]):
-            yield from (each.event for each in page)
-            after = page[-1].position
+        batch = committed.result.batch
+        found = None if batch is None else self._store.queries.environment_of(batch)
+        if found is None:
+            raise Corrupt(
+                f"the log does not say in which environment the request at position {committed.request.position} ran"
+            )
+        return found
 
     def _units(self, recorded: Recorded) -> list[Unit]:
         return units_again(recorded, self._store.body(recorded))

@@ -12,11 +12,12 @@ from litestar.response import ServerSentEventMessage, Stream
 from tinkerbell.api import validation
 from tinkerbell.api.auth import Principal
 from tinkerbell.api.context import Context
-from tinkerbell.api.feed import line_of
+from tinkerbell.api.feed import Line, line_of
 from tinkerbell.api.paging import MAX_POSITION
 from tinkerbell.api.problems import problems
 from tinkerbell.api.shares import STREAM
-from tinkerbell.types import AdapterId
+from tinkerbell.events.store import EventStore
+from tinkerbell.types import AdapterId, TenantId
 
 PING_S = 10.0
 """A comment after this long without events keeps proxies from closing the connection."""
@@ -95,18 +96,20 @@ async def follow(
                 lines = window.lines_after(position)
             else:
                 newest = window.after
-                page = await context.read(
-                    tenant, store.read, position, limit=_PAGE, tenant=tenant, adapter=adapter, bodies=False
-                )
-                lines = [line_of(recorded) for recorded in page]
+                lines = await context.read(tenant, _page, store, tenant, position, adapter)
                 # A page that is not full has all there was, and what is in the window came later.
-                position = max(position, newest) if len(page) < _PAGE else position
+                position = max(position, newest) if len(lines) < _PAGE else position
             if lines and not context.stopping.is_set():
                 position = max(position, lines[-1].position)
                 if content := b"".join(line.content for line in lines if adapter in (None, line.adapter)):
                     yield content
             if complete and not await _rang(bell, PING_S):
                 yield _PING
+
+
+def _page(store: EventStore, tenant: TenantId, position: int, adapter: AdapterId | None) -> list[Line]:
+    events = store.read(position, limit=_PAGE, tenant=tenant, adapter=adapter, bodies=False)
+    return [line_of(recorded) for recorded in events]
 
 
 async def _rang(bell: asyncio.Event, timeout_s: float) -> bool:
