@@ -4,8 +4,6 @@ Times are microseconds since 1970 (UTC). A JSON column holds canonical JSON text
 `jsonb`, which reorders keys): the log's hashes are taken over that text. Triggers and views are in `migrations/`.
 """
 
-from typing import Any
-
 import sqlalchemy as sa
 from sqlalchemy import (
     Boolean,
@@ -13,7 +11,6 @@ from sqlalchemy import (
     Double,
     ForeignKey,
     Index,
-    LargeBinary,
     SmallInteger,
     Text,
     UniqueConstraint,
@@ -21,6 +18,7 @@ from sqlalchemy import (
 from sqlalchemy import Column as C  # noqa: N817 - there are 130 of them
 
 from tinkerbell.events.audited import AUDITED
+from tinkerbell.events.ddl import RawBytes, partial_index
 
 metadata = sa.MetaData(
     naming_convention={
@@ -32,15 +30,6 @@ metadata = sa.MetaData(
     }
 )
 Big = sa.BigInteger().with_variant(sa.Integer, "sqlite")
-
-
-class RawBytes(LargeBinary):
-    """Bytes that go to the driver as they are: both take bytes, and wrapping them costs as much as the insert."""
-
-    def bind_processor(self, dialect: Any) -> None:
-        """None to wrap them in."""
-
-
 Hash = RawBytes(32)
 Json = sa.JSON(none_as_null=True)
 
@@ -55,12 +44,6 @@ SAVED = "kind = 'save'"
 KEPT = "kind = 'save' AND NOT deleted"
 RECOVERY_POINT = "kind = 'recovery' AND NOT deleted"
 OPEN = "ended_us IS NULL"
-
-
-def _partial(name: str, *columns: str, where: str) -> Index:
-    """An index of the rows that meet a condition; a query that repeats the condition uses it."""
-    return Index(name, *columns, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
-
 
 # ---- the log: the only truth --------------------------------------------------------------------------------------
 
@@ -116,7 +99,7 @@ events = sa.Table(
     UniqueConstraint("stream", "stream_version"),
     Index(None, "tenant", "position"),
     Index(None, "adapter", "position"),
-    _partial("ix_events_audited", "tenant", "created_us", "position", where=AUDITED),
+    partial_index("ix_events_audited", "tenant", "created_us", "position", where=AUDITED),
     Index(
         "uq_events_idempotency_key",
         "tenant",
@@ -190,7 +173,7 @@ futures = sa.Table(
     C("created_us", Big, nullable=False),
     C("done_us", Big),
     UniqueConstraint("adapter", "seq"),
-    _partial("ix_futures_pending", "tenant", "id", where=PENDING),
+    partial_index("ix_futures_pending", "tenant", "id", where=PENDING),
     Index(None, "tenant", "done_us"),
     Index(None, "adapter", "id"),
     comment="Every request and its answer.",
@@ -223,8 +206,8 @@ adapters = sa.Table(
     C("state_digest", Text),
     C("created_us", Big, nullable=False),
     Index(None, "tenant", "created_us", "id"),
-    _partial("ix_adapters_models", "tenant", "created_us", "id", where=MODELS),
-    _partial("ix_adapters_living", "tenant", "id", where=LIVING),
+    partial_index("ix_adapters_models", "tenant", "created_us", "id", where=MODELS),
+    partial_index("ix_adapters_living", "tenant", "id", where=LIVING),
     comment="Every adapter there ever was.",
 )
 checkpoints = sa.Table(
@@ -250,13 +233,13 @@ checkpoints = sa.Table(
     C("deleted", Boolean, nullable=False, server_default=sa.false()),
     Index(None, "adapter", "after_seq"),
     Index(None, "tenant", "position"),
-    _partial("ix_checkpoints_saved", "tenant", "position", where=SAVED),
-    _partial("ix_checkpoints_saved_of_adapter", "tenant", "adapter", "position", where=SAVED),
-    _partial("ix_checkpoints_named", "tenant", "adapter", "use", "name", "position", where=SAVED),
+    partial_index("ix_checkpoints_saved", "tenant", "position", where=SAVED),
+    partial_index("ix_checkpoints_saved_of_adapter", "tenant", "adapter", "position", where=SAVED),
+    partial_index("ix_checkpoints_named", "tenant", "adapter", "use", "name", "position", where=SAVED),
     # With what is counted and summed.
-    _partial("ix_checkpoints_kept", "tenant", "position", "expires_us", "use", "name", "num_bytes", where=KEPT),
-    _partial("ix_checkpoints_kept_of_adapter", "tenant", "adapter", "use", "position", "expires_us", where=KEPT),
-    _partial("ix_checkpoints_recovery", "adapter", where=RECOVERY_POINT),
+    partial_index("ix_checkpoints_kept", "tenant", "position", "expires_us", "use", "name", "num_bytes", where=KEPT),
+    partial_index("ix_checkpoints_kept_of_adapter", "tenant", "adapter", "use", "position", "expires_us", where=KEPT),
+    partial_index("ix_checkpoints_recovery", "adapter", where=RECOVERY_POINT),
     comment="Saved adapters: by their users, and the server's own recovery points.",
 )
 sessions = sa.Table(
@@ -272,8 +255,8 @@ sessions = sa.Table(
     C("heard_us", Big, nullable=False, server_default="0", comment="when its program last said that it runs"),
     C("ended_us", Big),
     Index(None, "tenant", "created_us", "id"),
-    _partial("ix_sessions_open", "heard_us", where=OPEN),
-    _partial("ix_sessions_open_of_tenant", "tenant", where=OPEN),
+    partial_index("ix_sessions_open", "heard_us", where=OPEN),
+    partial_index("ix_sessions_open_of_tenant", "tenant", where=OPEN),
     comment="Programs of tenants; ids of what they made begin with the session's.",
 )
 samplers = sa.Table(
