@@ -51,11 +51,18 @@ async def positions(stream: AsyncGenerator[bytes, None], count: int) -> list[int
     return found
 
 
+async def caught_up(api: ApiDriver) -> None:
+    """The feed has heard of all that happened."""
+    while api.app.state.context.feed._head < api.store.head():
+        await asyncio.sleep(0.01)
+
+
 def test_all_streams_of_a_tenant_are_fed_without_reading_the_log(api: ApiDriver) -> None:
     store, num_streams, num_events = api.store, 3 * STREAMS_AT_ONCE, 30
     store.append(log.add_lora())
 
     async def scenario() -> None:
+        await caught_up(api)
         streams = [follow(api.app.state.context, ALICE, store.head(), None) for _ in range(num_streams)]
         for stream in streams:
             await anext(stream)
@@ -80,6 +87,7 @@ def test_a_stream_that_is_behind_reads_pages_and_then_what_comes(api: ApiDriver)
     store.append(*(log.optim_step() for _ in range(450)))
 
     async def scenario() -> None:
+        await caught_up(api)
         stream = follow(api.app.state.context, ALICE, 0, None)
         await anext(stream)
         with reads_of_events(store) as reads:
@@ -99,6 +107,7 @@ def test_a_stream_that_does_not_keep_up_misses_nothing(api: ApiDriver) -> None:
     store.append(log.add_lora(), log.add_lora("ad_two"))
 
     async def scenario() -> None:
+        await caught_up(api)
         slow = follow(api.app.state.context, ALICE, store.head(), None)
         only = follow(api.app.state.context, ALICE, store.head(), "ad_two")
         await anext(slow)
