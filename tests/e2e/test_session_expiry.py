@@ -47,7 +47,7 @@ def test_the_adapter_of_a_program_that_vanished_makes_room(tmp_path: Path) -> No
         assert vanishes.create(0).status_code == 200
         path = vanishes.result("save_weights", model_id=f"{vanishes.session}:train:0", seq_id=1, path="mine")["path"]
         refused = stays.create(0)
-        assert refused.status_code == 400 and "Delete one first" in refused.text
+        assert refused.status_code == 413 and "1 of 1 adapters" in refused.text
 
         def has_room() -> bool:
             assert stays.is_heard()
