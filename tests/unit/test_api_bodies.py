@@ -202,6 +202,7 @@ def field(number: int, content: bytes) -> bytes:
 COUNT = protobuf.MAX_FIELDS + 1
 MANY = {
     "data": field(3, b"") * COUNT,
+    "data that are not empty": field(3, field(1, field(1, field(1, b"1234")))) * COUNT,
     "chunks": field(3, field(1, b"") * COUNT),
     "loss inputs": field(3, field(2, b"") * COUNT),
     "spans": field(3, field(3, b"") * COUNT),

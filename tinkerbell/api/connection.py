@@ -17,7 +17,9 @@ LINGER_S = 10.0
 the answer of a connection that is closed."""
 
 LINGER_BYTES = 4 * 1024 * 1024
-"""So much of it, at most."""
+"""So much of it, at most;"""
+REFUSED_BYTES = 256 * 1024
+"""and so much behind a head or body that is no request: whoever sends such does not read answers."""
 
 _OF_A_HEADER = 4
 """Colon, space and line end."""
@@ -238,7 +240,7 @@ class Connection(HttpToolsProtocol):
 
     def _count_unseen(self, num_bytes: int) -> None:
         self._unseen_bytes += num_bytes
-        if self._unseen_bytes > LINGER_BYTES:
+        if self._unseen_bytes > (REFUSED_BYTES if self._is_refused else LINGER_BYTES):
             self.transport.close()
 
     def _is_busy(self) -> bool:

@@ -17,6 +17,11 @@ MAX_FIELDS = 100_000
 """Of a request, those of the messages in it included. A datum with its loss inputs has about 25; the SDK sends 1,024
 data at most."""
 
+MANY = 4096
+SMALL_BYTES = 8
+"""A message with more than MANY fields of fewer bytes on the average is none that anybody needs; it is refused before
+all of them are counted. A chunk of one token has 10."""
+
 UNCOUNTED_BYTES = 1024 * 1024
 """What a body up to this can ask for is little enough: some 30 times as much."""
 
@@ -82,6 +87,7 @@ def _count(raw: bytes, message: Descriptor) -> None:
     left, todo = MAX_FIELDS, [(0, len(raw), message)]
     while todo:
         at, end, within = todo.pop()
+        begin, left_before = at, left
         if within not in fields:
             fields[within] = dict(within.fields_by_number)
         known = fields[within]
@@ -111,10 +117,11 @@ def _count(raw: bytes, message: Descriptor) -> None:
                 raise DecodeError(f"field {tag >> 3} has the wire type {wire}")
             if at > end:
                 raise DecodeError("it is truncated")
-            if left < 0:
+            num_fields = left_before - left
+            if left < 0 or (num_fields > MANY and at - begin < SMALL_BYTES * num_fields):
                 raise TooLarge(
-                    f"The request has more than {MAX_FIELDS} fields, those of its data included; send fewer data at a"
-                    " time.",
+                    f"The request has more than {MAX_FIELDS} fields, those of its data included, or many that are"
+                    " nearly empty; send fewer data at a time.",
                     limit=MAX_FIELDS,
                 )
 
