@@ -47,7 +47,7 @@ def pool() -> Iterator[Decoders]:
 
 
 def elsewhere(pool: Decoders, target: type, raw: bytes, **changes: Any) -> bodies.Decoded:
-    job = Job(target=target.__name__, max_elements=MOST, path_id=None, keyed=True)
+    job = Job(target=target.__name__, max_elements=MOST, max_tokens=1000, path_id=None, keyed=True)
     return pool._decode(msgspec.structs.replace(job, **changes), raw)
 
 
@@ -73,6 +73,12 @@ def test_what_is_decoded_elsewhere_is_the_same(pool: Decoders, target: type) -> 
         assert elsewhere(pool, target, other_order).hashed == decoded.hashed
         in_path = elsewhere(pool, target, raw, path_id="ad_y")
         assert in_path.hashed == bodies.request_hash(kind, "ad_y", raw, MOST) != decoded.hashed
+
+
+@pytest.mark.parametrize("target", BODIES)
+def test_tokens_are_counted_before_arrays_are_made(pool: Decoders, target: type) -> None:
+    with pytest.raises(TooLarge, match="tokens; a request may have 1"):
+        elsewhere(pool, target, json.dumps(BODIES[target]).encode(), max_tokens=1)
 
 
 def test_long_lists_come_as_arrays(pool: Decoders) -> None:

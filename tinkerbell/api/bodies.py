@@ -74,12 +74,26 @@ def decode(raw: bytes, target: Any, max_elements: int) -> Any:
         raise InvalidRequest("the body is nested too deeply") from error
 
 
-def decode_data(raw: bytes, target: type, max_elements: int, path_id: AdapterId | None, *, keyed: bool) -> Decoded:
-    """`raw` as a `target` of KINDS; `path_id` is the adapter that the path names. Raises as `decode` does."""
+def decode_data(
+    raw: bytes, target: type, max_elements: int, max_tokens: int, path_id: AdapterId | None, *, keyed: bool
+) -> Decoded:
+    """`raw` as a `target` of KINDS; `path_id` is the adapter that the path names. Raises as `decode` does, and TooLarge
+    over `max_tokens`."""
     body, kind = decode(raw, target, max_elements), KINDS[target]
+    check_tokens(_num_tokens(body), max_tokens)
     named = getattr(body, "adapter_id", None) if path_id is None else path_id
     hashed = request_hash(kind, named, raw, max_elements) if keyed and kind is not None else None
     return Decoded(_with_arrays(body), hashed)
+
+
+def check_tokens(num_tokens: int, max_tokens: int) -> None:
+    """Raises TooLarge."""
+    if num_tokens > max_tokens:
+        raise TooLarge(
+            f"The request has {num_tokens} tokens; a request may have {max_tokens}.",
+            num_tokens=num_tokens,
+            limit=max_tokens,
+        )
 
 
 def request_hash(
@@ -122,6 +136,18 @@ def _depth(raw: bytes) -> int:
     """Deepest nesting, of JSON."""
     brackets = _STRING.sub(b"", raw).translate(None, _NO_BRACKETS)
     return max(accumulate(map(_STEP.__getitem__, brackets)), default=0)
+
+
+def _num_tokens(body: Any) -> int:
+    match body:
+        case wire.ForwardBackward():
+            return sum(len(datum.tokens) for datum in body.data)
+        case wire.Sample():
+            return len(body.prompt)
+        case m.Asample():
+            return sum(len(chunk.tokens) for chunk in body.prompt.chunks)
+        case other:
+            raise TypeError(f"{type(other).__name__} carries no data")
 
 
 def _with_arrays(body: Any) -> Any:

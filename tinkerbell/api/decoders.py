@@ -36,6 +36,7 @@ class Job(msgspec.Struct, frozen=True):
     target: str
     """Name of a type of `bodies.KINDS`."""
     max_elements: int
+    max_tokens: int
     path_id: AdapterId | None
     keyed: bool
     """Whether `Decoded.hashed` is wanted."""

@@ -92,6 +92,7 @@ class ApiRequest(Request[Principal, Any, State]):
         job = Job(
             target=field.annotation.__name__,
             max_elements=max_elements,
+            max_tokens=self.context.settings.limits.max_request_tokens,
             path_id=self.path_params.get("adapter_id"),
             keyed="idempotency-key" in self.headers,
         )

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from tinkerbell import wire
+from tinkerbell.api.bodies import check_tokens
 from tinkerbell.config import Limits
 from tinkerbell.errors import InvalidRequest, NotFound, TooLarge, shown
 from tinkerbell.events.codec import out_of_limits
@@ -109,13 +110,8 @@ def loss(spec: LossSpec) -> LossSignature:
 def data(body: wire.ForwardBackward, model: ModelInfo, limits: Limits) -> list[Datum]:
     """The data as little-endian bytes. Raises InvalidRequest naming the datum, TooLarge over the limits."""
     spec, signature = body.loss, loss(body.loss)
-    num_tokens, max_tokens = sum(len(datum.tokens) for datum in body.data), limits.max_request_tokens
-    if num_tokens > max_tokens:
-        raise TooLarge(
-            f"The request has {num_tokens} tokens; a request may have {max_tokens}.",
-            num_tokens=num_tokens,
-            limit=max_tokens,
-        )
+    num_tokens = sum(len(datum.tokens) for datum in body.data)
+    check_tokens(num_tokens, limits.max_request_tokens)
     targets(spec.name, signature, num_tokens, body.num_targets, limits.max_output_bytes)
     return [
         _datum(f"data[{i}]", datum, body.num_targets, spec.name, signature, model) for i, datum in enumerate(body.data)

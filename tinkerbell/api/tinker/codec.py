@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from tinkerbell.api import validation
+from tinkerbell.api.bodies import check_tokens
 from tinkerbell.api.tinker import wire_pb2 as pb
 from tinkerbell.api.tinker.sampling import NO_STABLE_REINFORCE
 from tinkerbell.config import Limits
-from tinkerbell.errors import Corrupt, InvalidRequest, TooLarge, shown
+from tinkerbell.errors import Corrupt, InvalidRequest, shown
 from tinkerbell.events import kinds
 from tinkerbell.types import MAX_TARGETS, Datum, LossSignature, LossSpec, ModelInfo
 
@@ -49,12 +50,7 @@ def data(
         raise InvalidRequest("data is empty.")
     chunks = [_tokens(f"data[{i}].model_input", datum.model_input) for i, datum in enumerate(request.data)]
     num_tokens = sum(map(len, chunks))
-    if num_tokens > max_tokens:
-        raise TooLarge(
-            f"The request has {num_tokens} tokens; a request may have {max_tokens}.",
-            num_tokens=num_tokens,
-            limit=max_tokens,
-        )
+    check_tokens(num_tokens, max_tokens)
     num_targets = _num_targets(request)
     validation.targets(spec.name, signature, num_tokens, num_targets, limits.max_output_bytes)
     rows = zip(request.data, chunks, strict=True)
