@@ -53,7 +53,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """HTTP requests with one API key that are under way at a time, those that wait for an answer included."""
     max_polls: Count = 2048
     """HTTP requests of one tenant that wait for an answer at a time."""
-    max_streams: Count = 256
+    max_streams: Count = 32
     """Event streams of one tenant at a time."""
     max_waiting_reads: Count = 256
     """Reads of one tenant that wait for a thread; long polls and streams that wait for the log are none."""
