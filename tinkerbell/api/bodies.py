@@ -42,6 +42,7 @@ KINDS: dict[type, str | None] = {
 """Bodies that carry data -> the kind of request by which `/v1` knows a repeated one."""
 
 _NUL = re.compile(rb"(?<!\\)(?:\\\\)*+\\u0000")
+_NAME = re.compile(rb'"([A-Za-z_]{1,64})"\s*:')
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
@@ -128,8 +129,10 @@ def _check(raw: bytes, max_elements: int) -> None:
         for text in _STRING.finditer(raw):
             if text.end() - text.start() > MAX_TEXT_BYTES + 2:
                 raise TooLarge(f"A text in a body of over {SMALL_BYTES} bytes may have {MAX_TEXT_BYTES}.")
-    if b"\\u0000" in raw and _NUL.search(raw):
-        raise InvalidRequest("the body has a text with a NUL character, which nothing here can hold")
+    if b"\\u0000" in raw and (nul := _NUL.search(raw)):
+        *_, name = [b"", *_NAME.findall(raw[max(nul.start() - MAX_TEXT_BYTES, 0) : nul.start()])]
+        where = f"{name.decode()}: " if name else ""
+        raise InvalidRequest(f"{where}the body has a text with a NUL character, which nothing here can hold")
 
 
 def _depth(raw: bytes) -> int:
