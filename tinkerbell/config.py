@@ -132,6 +132,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """and none that was taken longer ago than so many seconds; None: steps alone decide. A point costs about what its
     bytes take to hash and write, three times the adapter's weights: often is dear where steps are fast. Points that are
     due together come one after another, so some later than these two say."""
+    max_sampler_bytes: Count = 1024 * 1024 * 1024
+    """Of the weights that idle samplers of the tinker protocol have in the executor; those unused for longest leave it
+    for their checkpoints."""
+    unnamed_samplers_kept: Count = 16
+    """Of each model. Weights of older samplers without a name go when nobody"""
+    unnamed_sampler_idle_s: Annotated[float, Meta(gt=0)] = 600.0
+    """used them for so many seconds; all of them go with their session."""
     recovery_points_kept: Count = 2
     """Of each adapter; older ones leave the disk while the server runs, and all of an adapter that was removed."""
     max_saving_bytes: Count = 256 * 1024 * 1024

@@ -80,6 +80,21 @@ def test_without_the_optimizer_moments_and_steps_start_from_zero(bench: Bench) -
         load(bench, msgspec.structs.replace(state, optimizer=None))
 
 
+def test_an_adapter_that_takes_no_step_has_memory_for_its_weights_alone(bench: Bench) -> None:
+    state = checkpoint.save(bench.adapters["a"], "tiny")
+    loaded = load(bench, state, with_optimizer=False)
+    weights = loaded.weights.flat.nbytes
+    digest = loaded.digest()
+    loaded.move(loaded.device)
+    assert loaded.num_bytes == weights
+    assert loaded.exp_avg.flat.nbytes == weights and loaded.num_bytes == 3 * weights
+    assert loaded.digest() == digest, "moments that are there and zero are those that are not there"
+    bench.adapters["c"] = load(bench, state, with_optimizer=False)
+    bench.train(bench.unit("c", random_data(3, (12,), 257)))
+    bench.step("c")
+    assert bench.adapters["c"].num_bytes == 3 * weights and bench.adapters["c"].exp_avg.flat.any()
+
+
 def test_peft_loads_it_as_it_is(bench: Bench, directory: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

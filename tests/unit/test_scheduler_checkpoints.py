@@ -167,10 +167,28 @@ def test_one_that_could_not_be_written_is_tried_again_later_and_its_steps_count_
     in_loop(run)
 
 
+def test_weights_of_idle_samplers_are_bounded_by_bytes_and_nobody_else_has_to_go() -> None:
+    async def run() -> None:
+        s = scene()
+        for number in range(6):
+            adapter = f"se_x:sample:{number}"
+            s.residency.put(
+                Resident("t", adapter, num_parameters=10, step=0, state_digest="d", boundary_seq=0, boundary_position=1)
+            )
+        s.residency.use("se_x:sample:0")
+        eviction = Eviction(s.residency, s.points, 1000, 2 * 10 * 4, None)
+        assert await eviction.make_room(s.link, Pending())
+        assert s.link.removed == [f"se_x:sample:{number}" for number in (1, 2, 3, 4)]
+        assert len(s.residency) == NUM_ADAPTERS + 2 and not s.link.taken
+        assert not await eviction.make_room(s.link, Pending())
+
+    in_loop(run)
+
+
 def test_what_cannot_be_saved_stays_in_the_executor() -> None:
     async def run() -> None:
         s = scene(every_steps=1000)
-        eviction = Eviction(s.residency, s.points, NUM_ADAPTERS - 1, None)
+        eviction = Eviction(s.residency, s.points, NUM_ADAPTERS - 1, 2**40, None)
         first, second = (r.adapter for r in s.residency.by_use()[:2])
         assert await eviction.make_room(s.link, Pending())
         assert s.link.taken == [first] and not s.link.removed, "it stays until it is written"

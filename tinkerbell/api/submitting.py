@@ -214,6 +214,7 @@ class Submitting:
         row = self._context.store.queries.checkpoint(self._tenant, validation.checkpoint_id(text))
         if row is None or row.kind != "save" or not row.is_usable(time.time_ns() // 1000):
             raise validation.no_checkpoint(text)
+        require_lasting(row)
         return row
 
     def require_base(self, adapter: AdapterId, what: str) -> None:
@@ -253,6 +254,15 @@ def _sized(made: Draft, model: ModelInfo) -> Draft:
 
     before = tuple(msgspec.structs.replace(new, event=size(new.event)) for new in made.before)
     return msgspec.structs.replace(made, event=size(made.event), before=before)
+
+
+def require_lasting(row: CheckpointRow) -> None:
+    """Raise InvalidRequest for weights that were saved for one sampler: they go when it does."""
+    if row.use == "sampler" and row.name is None:
+        raise InvalidRequest(
+            f"{row.id} was saved without a name for one sampler, and goes with it; save it under a name to use it"
+            " elsewhere."
+        )
 
 
 def new_id(prefix: str) -> str:

@@ -89,7 +89,7 @@ class AdapterQueries(Querying):
     def kept(
         self, tenant: str, at_us: int, *, adapter: str | None = None, offset: int = 0, limit: int | None = None
     ) -> list[CheckpointRow]:
-        """What the tenant saved under a name, or to train on, and can use at this time, newest first."""
+        """What the tenant saved and can use at this time, newest first."""
         c = t.checkpoints.c
         query = sa.select(*columns(t.checkpoints, CheckpointRow)).where(*_listed(tenant, at_us))
         if adapter is not None:
@@ -176,13 +176,13 @@ def _usable(at_us: int) -> tuple[sa.ColumnElement[bool], ...]:
 
 
 def _has_a_name() -> sa.ColumnElement[bool]:
-    """What was saved to train on can be called by its id."""
+    """That it keeps, or it was saved to train on."""
     c = t.checkpoints.c
     return sa.or_(c.name.is_not(None), c.use == "state")
 
 
 def _listed(tenant: str, at_us: int) -> tuple[sa.ColumnElement[bool], ...]:
-    return t.checkpoints.c.tenant == tenant, *_usable(at_us), _has_a_name()
+    return t.checkpoints.c.tenant == tenant, *_usable(at_us)
 
 
 def _bytes() -> sa.Label[int]:

@@ -45,8 +45,12 @@ _ADAPTERS = sa.select(
 _SESSIONS = sa.select(sa.func.count()).where(t.sessions.c.tenant == _TENANT, sa.text(t.OPEN))
 _SAMPLERS = (
     sa.select(sa.func.count())
-    .select_from(t.samplers.join(t.sessions, t.sessions.c.id == t.samplers.c.session))
-    .where(t.sessions.c.tenant == _TENANT, sa.text(f"sessions.{t.OPEN}"))
+    .select_from(
+        t.samplers.join(t.sessions, t.sessions.c.id == t.samplers.c.session).outerjoin(
+            t.checkpoints, t.checkpoints.c.id == t.samplers.c.checkpoint
+        )
+    )
+    .where(t.sessions.c.tenant == _TENANT, sa.text(f"sessions.{t.OPEN}"), t.checkpoints.c.deleted.is_not(True))
 )
 _expires = t.checkpoints.c.expires_us
 _CHECKPOINTS = sa.select(sa.func.count()).where(

@@ -35,7 +35,7 @@ class Amounts(msgspec.Struct, frozen=True, kw_only=True):
     sessions: int = 0
     """Those that have not ended."""
     samplers: int = 0
-    """Of sessions that have not ended."""
+    """Of sessions that have not ended, and whose weights are there."""
     checkpoints: int = 0
     """Saved or being saved, neither deleted nor expired."""
     stored_bytes: int = 0

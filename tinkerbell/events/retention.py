@@ -16,7 +16,7 @@ from tinkerbell.events import removal
 from tinkerbell.events.engine import snapshot
 from tinkerbell.events.kinds import BulkCompacted, KeyRevoked, NewEvent, Recorded, TenantErased
 from tinkerbell.events.removal import Bulk
-from tinkerbell.events.rows import RecoveryPointRow
+from tinkerbell.events.rows import DisposableRow
 from tinkerbell.events.sweeping import Sweeper, Swept
 from tinkerbell.events.tables import adapters, api_keys, checkpoints, data_keys, erasures, events, futures
 from tinkerbell.types import SYSTEM_TENANT, TenantId
@@ -114,8 +114,8 @@ class Retention:
             total += bulk
         return total
 
-    def supersede(self, tenant: TenantId, points: Sequence[RecoveryPointRow], *, actor: str, fence: Fence) -> Swept:
-        """Take out recovery points of a tenant that nothing is restored from any more, at most POSITIONS_AT_ONCE, while
+    def supersede(self, tenant: TenantId, points: Sequence[DisposableRow], *, actor: str, fence: Fence) -> Swept:
+        """Take out checkpoints of a tenant that nothing is restored from any more, at most POSITIONS_AT_ONCE, while
         others append. Where it is cut short, the log says already what is gone, and a sweep takes the files."""
         with self._reader.connect() as connection:
             positions = removal.with_bulk(connection, [point.position for point in points])

@@ -99,18 +99,35 @@ class CheckpointRow(Row, frozen=True, kw_only=True):
         return not self.deleted and (self.expires_us is None or now_us < self.expires_us)
 
 
-class RecoveryPointRow(Row, frozen=True, kw_only=True):
-    """A checkpoint that the server wrote of its own accord, and that is still there."""
+class DisposableRow(Row, frozen=True, kw_only=True):
+    """A checkpoint that goes by itself one day, and is still there."""
 
     id: str
     tenant: str
     adapter: str
-    adapter_state: Literal["pending", "ready", "failed", "removed"]
-    after_seq: int
-    """It holds the effect of the adapter's requests up to this one."""
     position: int
     blobs: dict[str, str]
     """Name -> hash (hex)."""
+
+
+class RecoveryPointRow(DisposableRow, frozen=True, kw_only=True):
+    """One that the server wrote of its own accord."""
+
+    adapter_state: Literal["pending", "ready", "failed", "removed"]
+    after_seq: int
+    """It holds the effect of the adapter's requests up to this one."""
+
+
+class SamplerWeightsRow(DisposableRow, frozen=True, kw_only=True):
+    """One that was saved without a name, for one sampler."""
+
+    created_us: int
+    expires_us: int | None
+    sampler: str
+    sampler_state: Literal["pending", "ready", "failed", "removed"] | None
+    """Of the adapter that holds the sampler's weights; None: nobody has sampled yet."""
+    ended_us: int | None
+    """When the sampler's session ended."""
 
 
 class SessionRow(Row, frozen=True, kw_only=True):

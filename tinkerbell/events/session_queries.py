@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from tinkerbell.events import tables as t
 from tinkerbell.events.querying import Querying, columns, row_of, with_json
-from tinkerbell.events.rows import AdapterRow, SamplerRow, SessionRow
+from tinkerbell.events.rows import AdapterRow, SamplerRow, SamplerWeightsRow, SessionRow
 
 
 class SessionQueries(Querying):
@@ -96,6 +96,34 @@ class SessionQueries(Querying):
         c = t.samplers.c
         row = self._first(sa.select(*columns(t.samplers, SamplerRow)).where(c.id == id, c.tenant == tenant))
         return row_of(SamplerRow, row) if row else None
+
+    def sampler_weights(self) -> list[SamplerWeightsRow]:
+        """Of all tenants, the checkpoints that were saved without a name for one sampler, and are still there, oldest
+        first; not those that another living adapter began with, nor those that their owner published."""
+        c, made, holder, other = t.checkpoints.c, t.samplers.c, t.adapters.alias("holder"), t.adapters.alias("other")
+        living = other.c.state.in_(("pending", "ready"))
+        begun = sa.exists().where(other.c.checkpoint == c.id, other.c.id != made.id, living)
+        query = (
+            sa.select(
+                *(c.id, c.tenant, c.adapter, c.position, c.blobs, c.created_us, c.expires_us),
+                made.id.label("sampler"),
+                holder.c.state.label("sampler_state"),
+                t.sessions.c.ended_us,
+            )
+            .join(t.samplers, sa.and_(made.checkpoint == c.id, made.tenant == c.tenant))
+            .join(t.sessions, t.sessions.c.id == made.session)
+            .outerjoin(holder, holder.c.id == made.id)
+            .where(sa.text("checkpoints.use = 'sampler' AND checkpoints.name IS NULL AND NOT checkpoints.deleted"))
+            .where(~c.published, ~begun)
+            .order_by(c.position)
+        )
+        return [msgspec.convert(with_json(row), SamplerWeightsRow) for row in self._all(query)]
+
+    def is_used(self, adapter: str, since_us: int) -> bool:
+        """Whether a request to the adapter was made since then, or still waits."""
+        f = t.futures.c
+        recent = sa.or_(f.created_us >= since_us, f.state == "pending")
+        return self._first(sa.select(f.id).where(f.adapter == adapter, recent).limit(1)) is not None
 
     def samplers(self, tenant: str, session: str) -> list[SamplerRow]:
         """Samplers of a session of the tenant, oldest first."""

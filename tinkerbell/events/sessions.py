@@ -13,9 +13,8 @@ import msgspec
 from tinkerbell.errors import NotFound
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import AnyEvent, NewEvent
-from tinkerbell.events.rows import AdapterRow
 from tinkerbell.events.store import EventStore
-from tinkerbell.types import SessionId, TenantId
+from tinkerbell.types import AdapterId, SessionId, TenantId
 
 EXPIRED = "expired"
 """The reason of one that fell silent."""
@@ -44,21 +43,26 @@ def clear(store: EventStore, tenant: TenantId, session: SessionId, **envelope: A
     """
     asked = 0
     for row in store.queries.living_adapters(tenant, session):
-        attempts, waits = store.queries.attempts(tenant, row.id, "remove_lora")
-        if waits:
-            continue
-        try:
-            store.append(msgspec.structs.replace(_removal(row, attempts), **envelope))
-        except NotFound:
-            continue  # somebody removed it meanwhile
-        asked += 1
+        asked += ask_to_leave(store, tenant, row.id, **envelope)
     return asked
 
 
-def _removal(row: AdapterRow, attempt: int) -> NewEvent:
+def ask_to_leave(store: EventStore, tenant: TenantId, adapter: AdapterId, **envelope: Any) -> bool:
+    """Ask one adapter of a session to leave the executor, unless it is asked already; whether it was. Blocking."""
+    attempts, waits = store.queries.attempts(tenant, adapter, "remove_lora")
+    if waits:
+        return False
+    try:
+        store.append(msgspec.structs.replace(_removal(tenant, adapter, attempts), **envelope))
+    except NotFound:
+        return False  # somebody removed it meanwhile
+    return True
+
+
+def _removal(tenant: TenantId, adapter: AdapterId, attempt: int) -> NewEvent:
     event: AnyEvent = kinds.RemoveLoraRequested()
-    key = f"tinker:remove:{row.id}:{attempt}"
-    return NewEvent(event=event, tenant=row.tenant, stream=f"adapter/{row.id}", adapter=row.id, **_once(key))
+    key = f"tinker:remove:{adapter}:{attempt}"
+    return NewEvent(event=event, tenant=tenant, stream=f"adapter/{adapter}", adapter=adapter, **_once(key))
 
 
 def _once(key: str) -> dict[str, Any]:

@@ -43,6 +43,7 @@ MODELS = "id NOT LIKE '%:sample:%'"
 SAVED = "kind = 'save'"
 KEPT = "kind = 'save' AND NOT deleted"
 RECOVERY_POINT = "kind = 'recovery' AND NOT deleted"
+SAMPLER_WEIGHTS = "use = 'sampler' AND name IS NULL AND NOT deleted"
 OPEN = "ended_us IS NULL"
 
 # ---- the log: the only truth --------------------------------------------------------------------------------------
@@ -240,6 +241,7 @@ checkpoints = sa.Table(
     partial_index("ix_checkpoints_kept", "tenant", "position", "expires_us", "use", "name", "num_bytes", where=KEPT),
     partial_index("ix_checkpoints_kept_of_adapter", "tenant", "adapter", "use", "position", "expires_us", where=KEPT),
     partial_index("ix_checkpoints_recovery", "adapter", where=RECOVERY_POINT),
+    partial_index("ix_checkpoints_sampler_weights", "position", where=SAMPLER_WEIGHTS),
     comment="Saved adapters: by their users, and the server's own recovery points.",
 )
 sessions = sa.Table(
@@ -265,7 +267,7 @@ samplers = sa.Table(
     C("id", Text, primary_key=True),
     C("tenant", Text, nullable=False, index=True),
     C("session", Text, nullable=False, index=True),
-    C("checkpoint", Text, comment="NULL: the base model"),
+    C("checkpoint", Text, index=True, comment="NULL: the base model"),
     C("created_us", Big, nullable=False),
     comment="Weights to sample from that nothing changes.",
 )

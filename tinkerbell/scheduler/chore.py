@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from abc import ABC, abstractmethod
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from tinkerbell.errors import TinkerbellError
 from tinkerbell.scheduler import metrics
@@ -27,20 +28,25 @@ class Chore(ABC):
         self._every_s = every_s
         self.over = False
         """The leadership is: what takes its time may stop in the middle."""
+        self._doing: Future[None] | None = None
 
     async def run(self) -> None:
         """Until it is cancelled."""
         if self._every_s is None:
             return
+        # Of its own: the event loop's threads are few, and one of them renews the lease.
+        thread = ThreadPoolExecutor(1, thread_name_prefix="scheduler-chore")
         try:
-            await self._run(self._every_s)
+            await self._run(self._every_s, thread)
         finally:
             self.over = True
+            thread.shutdown(wait=False)
 
-    async def _run(self, every_s: float) -> None:
+    async def _run(self, every_s: float, thread: ThreadPoolExecutor) -> None:
         while True:
+            self._doing = thread.submit(self.do, every_s)
             try:
-                await asyncio.to_thread(self.do, every_s)
+                await asyncio.wrap_future(self._doing)
             except TinkerbellError as exc:
                 self._count()
                 log.warning("%s detail=%s", self.put_off, exc)
@@ -49,6 +55,11 @@ class Chore(ABC):
                 self._count()
                 log.exception(self.put_off)
             await asyncio.sleep(min(max(every_s / PARTS, SHORTEST_PAUSE_S), LONGEST_PAUSE_S))
+
+    @property
+    def doing(self) -> Future[None] | None:
+        """What it does, or did last."""
+        return self._doing
 
     def _count(self) -> None:
         metrics.CHORE_FAILURES.labels(type(self).__name__).inc()

@@ -8,6 +8,7 @@ from tinkerbell.executors.link import ExecutorLink
 from tinkerbell.scheduler.checkpoints import Checkpoints
 from tinkerbell.scheduler.pending import Pending
 from tinkerbell.scheduler.residency import Residency
+from tinkerbell.types import is_sampler
 
 log = logging.getLogger("tinkerbell.scheduler")
 
@@ -16,16 +17,22 @@ class Eviction:
     """Least recently used first; never one that has work waiting."""
 
     def __init__(
-        self, residency: Residency, checkpoints: Checkpoints, most_adapters: int, idle_s: float | None
+        self,
+        residency: Residency,
+        checkpoints: Checkpoints,
+        most_adapters: int,
+        most_sampler_bytes: int,
+        idle_s: float | None,
     ) -> None:
         self._residency = residency
         self._checkpoints = checkpoints
         self._most_adapters = most_adapters
+        self._most_sampler_bytes = most_sampler_bytes
         self._idle_s = math.inf if idle_s is None else idle_s
 
     async def make_room(self, link: ExecutorLink, pending: Pending) -> bool:
-        """Let adapters go that were idle for `idle_s`, and others until at most `most_adapters` are left, if so many
-        are idle; whether the executor was needed for it.
+        """Let adapters go that were idle for `idle_s`, samplers until those here have `most_sampler_bytes`, and others
+        until at most `most_adapters` are left, if so many are idle; whether the executor was needed for it.
 
         One with steps that no checkpoint holds gets a recovery point first, and stays until that is written: at most
         one is taken here. Gradients since its last step are not in it: they are computed again from the log when the
@@ -33,13 +40,15 @@ class Eviction:
         """
         excess = len(self._residency) - self._most_adapters
         by_use = self._residency.by_use()
+        surplus = sum(r.num_weight_bytes for r in by_use if is_sampler(r.adapter)) - self._most_sampler_bytes
         forgotten_s = time.monotonic() - self._idle_s
-        if excess <= 0 and not (by_use and by_use[0].used_s <= forgotten_s):
-            return False
         did = False
         for resident in by_use:
-            if excess <= 0 and resident.used_s > forgotten_s:
+            if excess <= 0 and surplus <= 0 and resident.used_s > forgotten_s:
                 break
+            in_surplus = surplus > 0 and is_sampler(resident.adapter)
+            if excess <= 0 and not in_surplus and resident.used_s > forgotten_s:
+                continue
             if pending.queue(resident.tenant, resident.adapter) is not None:
                 continue
             if resident.steps_ahead:
@@ -51,6 +60,7 @@ class Eviction:
             await link.remove(resident.adapter)
             self._residency.forget(resident.adapter)
             excess -= 1
+            surplus -= resident.num_weight_bytes if in_surplus else 0
             did = True
             log.info("adapter evicted adapter=%s step=%d", resident.adapter, resident.step)
         return did

@@ -15,11 +15,10 @@ from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.leases import Lease
 from tinkerbell.events.store import EventStore
 from tinkerbell.executors.port import Batch
-from tinkerbell.scheduler import batching, results
+from tinkerbell.scheduler import batching, chores, results
 from tinkerbell.scheduler.batching import Limits, Measure, Plan, Restore
 from tinkerbell.scheduler.bodies import Bodies
 from tinkerbell.scheduler.checkpoints import Checkpoints
-from tinkerbell.scheduler.chores import chores_of
 from tinkerbell.scheduler.commits import Commits
 from tinkerbell.scheduler.control import Control
 from tinkerbell.scheduler.cost import CostModel
@@ -90,12 +89,11 @@ class Leader:
         self._setbacks = Setbacks(self._pending, self._journal, self._bodies, self._wake.set)
         every = (settings.checkpoint_every_steps, settings.checkpoint_every_s, settings.max_saving_bytes)
         self._checkpoints = Checkpoints(self._journal, self._residency, *every, on_end=self._wake.set)
-        self._eviction = Eviction(
-            self._residency, self._checkpoints, settings.max_resident_adapters, settings.idle_adapter_s
-        )
+        most = (settings.max_resident_adapters, settings.max_sampler_bytes, settings.idle_adapter_s)
+        self._eviction = Eviction(self._residency, self._checkpoints, *most)
         self._settlement = Settlement(cost, self._shares, self._residency)
         self._prices = Prices(cost, self._residency)
-        self._chores = chores_of(store, lease, settings)
+        self._chores = chores.chores_of(store, lease, settings)
         self._num_batches = 0
         self._in_hand: list[PendingRequest] = []
         """What is being done now."""
@@ -110,7 +108,7 @@ class Leader:
         # Nothing keeps the backlog: it may be large, and a leadership long.
         head = self._intake.take_over(await asyncio.to_thread(read_backlog, self._store))
         unsubscribe = self._store.subscribe(hand_over, after=head)
-        chores = [asyncio.create_task(chore.run()) for chore in self._chores]
+        beside = [asyncio.create_task(chore.run()) for chore in self._chores]
         try:
             self._record_environment()
             while not self._stopping.is_set():
@@ -121,7 +119,7 @@ class Leader:
                     await wait_for(self._wake, LOOK_S)
             await self._commits.settle()
         finally:
-            for chore in chores:
+            for chore in beside:
                 chore.cancel()
             unsubscribe()
 
@@ -134,6 +132,7 @@ class Leader:
         """After `run` has ended."""
         self._journal.close()
         self._commits.close()
+        chores.end(self._chores)
 
     def lose(self, exc: Exception) -> None:
         """The lease is gone: write nothing more, and let `run` end."""

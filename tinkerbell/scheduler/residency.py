@@ -48,6 +48,11 @@ class Resident:
         self.failed_points = 0
 
     @property
+    def num_weight_bytes(self) -> int:
+        """Of its weights in memory, four bytes each."""
+        return 4 * self.num_parameters
+
+    @property
     def num_bytes(self) -> int:
         """Of a snapshot, as far as one can say before it is taken: weights and two moments of four bytes each."""
         return self.state_bytes or 12 * self.num_parameters

@@ -10,7 +10,7 @@ import msgspec
 
 from tinkerbell.api import validation
 from tinkerbell.api.context import Context
-from tinkerbell.api.submitting import Caller, Draft, Submitting
+from tinkerbell.api.submitting import Caller, Draft, Submitting, require_lasting
 from tinkerbell.api.tinker import messages as m
 from tinkerbell.api.tinker import names
 from tinkerbell.errors import InvalidRequest, NotFound, SessionOver, shown
@@ -42,10 +42,11 @@ def base_model(model: ModelInfo) -> str:
 def named_by(queries: Queries, tenant: TenantId, path: names.Path) -> CheckpointRow:
     """The checkpoint that has the path or had it last, deleted and expired ones too. Raises NotFound."""
     row = queries.saved(tenant, path.model, path.use, path.name)
-    if row is None and path.use == "state":
-        # Saved through /v1 without a name.
+    if row is None:
+        # Saved without a name, through /v1 or for one sampler.
         found = queries.checkpoint(tenant, path.name)
-        row = found if found is not None and found.kind == "save" and found.adapter == path.model else None
+        fits = found is not None and (found.kind, found.adapter, found.use) == ("save", path.model, path.use)
+        row = found if fits else None
     if row is None:
         raise names.no_path(path)
     return row
@@ -97,7 +98,9 @@ class TinkerSubmitting(Submitting):
         return row
 
     def _at_path(self, text: str) -> CheckpointRow:
-        return usable_at(self._queries, self._tenant, names.parse_path(text))
+        row = usable_at(self._queries, self._tenant, names.parse_path(text))
+        require_lasting(row)
+        return row
 
     # ---- the common path -------------------------------------------------------------------------------------------
 
@@ -149,14 +152,17 @@ class TinkerSubmitting(Submitting):
 
     def _adapter_of(self, sampler: SamplerRow, model: ModelInfo) -> tuple[kinds.NewEvent, ...]:
         """What makes the adapter that holds a sampler's weights, where it is not there yet."""
-        if self._queries.adapter(self._tenant, sampler.id) is not None:
-            return ()
         assert sampler.checkpoint is not None
         checkpoint = self._queries.checkpoint(self._tenant, sampler.checkpoint)
         if checkpoint is None:
             raise InvalidRequest(f"The weights of {sampler.id} are not saved (yet); wait for save_weights_for_sampler.")
         if not checkpoint.is_usable(time.time_ns() // 1000):
-            raise InvalidRequest(f"The weights of {sampler.id} were deleted, or have expired.")
+            raise InvalidRequest(
+                f"The weights of {sampler.id} were deleted, or have expired. Those of a sampler without a name go when"
+                " newer ones were made and nobody used them for some time; save them under a name to keep them."
+            )
+        if self._queries.adapter(self._tenant, sampler.id) is not None:
+            return ()
         self.require_base(checkpoint.adapter, f"the sampler {sampler.id}")
         event = kinds.AddLoraRequested(
             base_model=model.name,

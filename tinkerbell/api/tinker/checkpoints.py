@@ -15,6 +15,7 @@ from tinkerbell.api.tinker.base import (
     check_optimizer,
     check_project,
     seed_of,
+    usable_at,
 )
 from tinkerbell.errors import InvalidRequest, NameTaken, UserError, shown
 from tinkerbell.events import kinds
@@ -172,7 +173,8 @@ class CheckpointSubmitting(TinkerSubmitting):
             before = (self._event(started, key and f"{key}:session"),)
         else:
             raise InvalidRequest("copy_weights needs destination_project_id, or session_id and model_seq_id.")
-        source = self._at_path(body.source_path)
+        # Also one that goes with its sampler: the copy stays.
+        source = usable_at(self._queries, self._tenant, names.parse_path(body.source_path))
         self._context.store.require_blobs(source.blobs.values())
         saved_of = self._queries.adapter(self._tenant, source.adapter)
         assert saved_of is not None

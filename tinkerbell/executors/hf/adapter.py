@@ -100,14 +100,29 @@ class Adapter:
         self.dtype = dtype
         self.device = device
         self.weights = Buffer(self.layout, dtype, device)
-        self.exp_avg = Buffer(self.layout, dtype, device)
-        self.exp_avg_sq = Buffer(self.layout, dtype, device)
+        self._moments: tuple[Buffer, Buffer] | None = None
+        """None: both are zero. An adapter that is only sampled from never has any."""
         self.gradient: Buffer | None = None
         """Sum over the forward_backward requests since the last optim_step; None where there were none."""
         self.step = 0
 
+    @property
+    def exp_avg(self) -> Buffer:
+        """First moment, which has memory of its own from now on."""
+        return self._made_moments()[0]
+
+    @property
+    def exp_avg_sq(self) -> Buffer:
+        """Second moment, which has memory of its own from now on."""
+        return self._made_moments()[1]
+
+    def _made_moments(self) -> tuple[Buffer, Buffer]:
+        if self._moments is None:
+            self._moments = self.new_buffer(), self.new_buffer()
+        return self._moments
+
     def _buffers(self) -> list[Buffer]:
-        kept = [self.weights, self.exp_avg, self.exp_avg_sq]
+        kept = [self.weights, *(self._moments or ())]
         return kept if self.gradient is None else [*kept, self.gradient]
 
     @property
@@ -148,7 +163,12 @@ class Adapter:
         """`digest`, and on the way there that of the weights alone, which costs nothing: they come first."""
         digest = hashlib.sha256(self.weights.flat.cpu().numpy().data)
         weights = digest.hexdigest()
-        for buffer in (self.exp_avg, self.exp_avg_sq):
+        if self._moments is None:
+            mark()
+            zeros = torch.zeros(self.layout.num_parameters, dtype=self.dtype).numpy().data
+            digest.update(zeros)
+            digest.update(zeros)
+        for buffer in self._moments or ():
             mark()
             digest.update(buffer.flat.cpu().numpy().data)
         digest.update(struct.pack("<q", self.step))
