@@ -49,7 +49,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 def test_every_bit_again(recorded: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "two.zip"
     assert command_line(["replay", "export", "two", "--out", str(file), "--data-dir", recorded.data_dir]) == 0
-    assert command_line(["replay", "verify", str(file), "--samples"]) == 0
+    assert command_line(["replay", "verify", str(file), "--samples"]) == 2
+    assert "--trust-archive" in capsys.readouterr().err
+    assert command_line(["replay", "verify", str(file), "--samples", "--trust-archive"]) == 0
     assert f"every bit as recorded up to step {STEPS}" in capsys.readouterr().out
 
 

@@ -19,6 +19,9 @@ EVENT_BYTES = 512
 INLINE_BYTES = 64 * 1024
 """A stored body longer than this becomes a blob: inline it would delay its neighbours in the group commit."""
 
+MAX_BODY_BYTES = 2**30
+"""Of a body before compression, far beyond what a request or a result may have."""
+
 VERSION_OF: dict[str, int] = {}
 """Event type -> its present schema_version; a type that is missing has version 1."""
 
@@ -274,10 +277,18 @@ def encode_body(body: Body) -> tuple[bytes, BodyCodec, int]:
     return raw, "msgpack", len(raw)
 
 
+def _decompress(stored: bytes) -> bytes:
+    """Raises Corrupt for what would become longer than any body: memory is taken for what it says of itself."""
+    length = zstandard.frame_content_size(stored)
+    if not 0 <= length <= MAX_BODY_BYTES:
+        raise Corrupt(f"a body says that it has {length} bytes; the longest has {MAX_BODY_BYTES}")
+    return _zstd.decompress(stored)
+
+
 def decode_body(type_: str, codec: str, stored: bytes) -> Body:
     """The body of an event of this type, from its stored bytes, decrypted. Raises Corrupt when they are not one."""
     try:
-        raw = _zstd.decompress(stored) if codec.startswith("zstd") else stored
+        raw = _decompress(stored) if codec.startswith("zstd") else stored
         body: Body = _body_decoder(BODY_OF[type_]).decode(raw)
     except (zstandard.ZstdError, KeyError, ValueError, RecursionError) as exc:
         raise Corrupt(f"the body of a {type_} cannot be read: {exc}") from exc

@@ -19,7 +19,6 @@ import re
 import shutil
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Collection, Iterator
 from contextlib import closing
 from importlib.metadata import version
@@ -31,6 +30,18 @@ import msgspec
 from tinkerbell.errors import Conflict, Corrupt, InvalidRequest, NotFound
 from tinkerbell.events import envelope, kinds
 from tinkerbell.events.kinds import BodyCodec, type_of
+from tinkerbell.files import make_directory, open_private, write_private
+from tinkerbell.replay.archive_files import (
+    MAX_LIST_BYTES,
+    UNREADABLE,
+    DirectoryFiles,
+    Files,
+    ZipFiles,
+    chunks,
+    copy,
+    lines,
+    require_room,
+)
 from tinkerbell.replay.history import History, read_history
 from tinkerbell.replay.integrity import Tell
 from tinkerbell.replay.log import COLUMNS, Entry, Log, entry
@@ -44,8 +55,7 @@ NAME = re.compile(r"events\.jsonl|bodies/[0-9]+|blobs/[0-9a-f]{64}")
 """Of a file in an archive: nothing else is ever written anywhere."""
 
 
-_UNREADABLE = (OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
-"""What zipfile raises for what it cannot read: damaged, encrypted, or compressed in another way."""
+MAX_EVENTS = 50_000_000
 
 
 class _Columns(msgspec.Struct):
@@ -108,7 +118,7 @@ def export(log: Log, run: str, file: Path, *, tell: Tell = lambda _what, _done, 
     files: dict[str, str] = {}
     keys: dict[str, str] = {}
     try:
-        with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
+        with open_private(part, "wb") as file_out, zipfile.ZipFile(file_out, "w", zipfile.ZIP_DEFLATED) as archive:
 
             def add(name: str, data: bytes) -> None:
                 if name not in files:
@@ -157,16 +167,12 @@ def unpack(file: Path, directory: Path) -> Manifest:
     """
     if directory.exists() and any(directory.iterdir()):
         raise Conflict(f"{directory} is not empty")
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(directory.parent)
     part = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         with closing(ArchiveLog.open(file)) as log:
-            for name in log.manifest.files:
-                path = part / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(log.read(name))
-            (part / MANIFEST).write_bytes(msgspec.json.encode(log.manifest))
-            part.chmod(0o755)
+            log.unpack(part)
+            write_private(part / MANIFEST, msgspec.json.encode(log.manifest))
             part.replace(directory)
             return log.manifest
     except BaseException:
@@ -177,12 +183,19 @@ def unpack(file: Path, directory: Path) -> Manifest:
 class ArchiveLog:
     """An exported run as a log. Every file is checked against the manifest when it is read."""
 
-    def __init__(self, root: "zipfile.Path | Path", name: str, archive: zipfile.ZipFile | None) -> None:
+    foreign = True
+
+    def __init__(self, files: Files, name: str) -> None:
         self.name = name
-        self._root = root
-        self._archive = archive
+        self._files = files
         self.manifest = self._manifest()
-        self._rows = [_row(line) for line in self.read(EVENTS).splitlines()]
+        if self.manifest.num_events > MAX_EVENTS:
+            raise InvalidRequest(f"{name} has {self.manifest.num_events} events; a run has {MAX_EVENTS} at most")
+        self._rows: list[Entry] = []
+        for line in lines(self._parts(EVENTS), f"{name}: {EVENTS}"):
+            self._rows.append(_row(line))
+            if len(self._rows) > self.manifest.num_events:
+                break
         if len(self._rows) != self.manifest.num_events:
             raise Corrupt(f"{name} has {len(self._rows)} events, and {self.manifest.num_events} were exported")
         if not any(each.recorded.adapter == self.manifest.run for each in self._rows):
@@ -191,29 +204,34 @@ class ArchiveLog:
     @classmethod
     def open(cls, path: Path) -> "ArchiveLog":
         """A file that `export` wrote, or the directory `unpack` made of it. Raises InvalidRequest, Corrupt."""
-        if path.is_dir():
-            return cls(path, str(path), None)
+        files = DirectoryFiles(path) if path.is_dir() else ZipFiles(path)
         try:
-            archive = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as exc:
-            raise InvalidRequest(f"{path} is not an exported run: {exc}") from exc
-        try:
-            return cls(zipfile.Path(archive), str(path), archive)
+            return cls(files, str(path))
         except BaseException:
-            archive.close()
+            files.close()
             raise
 
     def read(self, name: str) -> bytes:
         """A file of the archive. Raises Corrupt where it is missing or not what the manifest says."""
-        if name not in self.manifest.files:
+        return b"".join(self._parts(name))
+
+    def unpack(self, directory: Path) -> None:
+        """Write all files but the manifest into a directory. Raises as `read` does, InvalidRequest for want of room."""
+        try:
+            require_room(self._files, iter(self.manifest.files), directory)
+        except UNREADABLE as exc:
+            raise Corrupt(f"{self.name} has not all files that its manifest names: {exc}") from exc
+        for name in self.manifest.files:
+            copy(self._parts(name), directory / name)
+
+    def _parts(self, name: str) -> Iterator[bytes]:
+        digest = self.manifest.files.get(name)
+        if digest is None:
             raise Corrupt(f"{self.name} has no {name}")
         try:
-            data = (self._root / name).read_bytes()
-        except _UNREADABLE as exc:
-            raise Corrupt(f"{self.name}: {name} cannot be read: {exc}") from exc
-        if hashlib.sha256(data).hexdigest() != self.manifest.files[name]:
-            raise Corrupt(f"{self.name}: {name} has other bytes than were exported")
-        return data
+            yield from chunks(self._files, name, digest)
+        except Corrupt as exc:
+            raise Corrupt(f"{self.name}: {exc.detail}") from exc
 
     def entries(
         self,
@@ -277,13 +295,13 @@ class ArchiveLog:
 
     def close(self) -> None:
         """Close the file."""
-        if self._archive is not None:
-            self._archive.close()
+        self._files.close()
 
     def _manifest(self) -> Manifest:
         try:
-            manifest = msgspec.json.decode((self._root / MANIFEST).read_bytes(), type=Manifest)
-        except (*_UNREADABLE, msgspec.DecodeError) as exc:
+            text = b"".join(chunks(self._files, MANIFEST, None, limit=MAX_LIST_BYTES))
+            manifest = msgspec.json.decode(text, type=Manifest)
+        except (Corrupt, msgspec.DecodeError) as exc:
             raise InvalidRequest(f"{self.name} is not an exported run: {exc}") from exc
         if manifest.format != FORMAT or manifest.version not in (PLAIN, WITH_KEYS):
             what = f"{manifest.format} version {manifest.version}"

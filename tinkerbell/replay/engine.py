@@ -37,8 +37,10 @@ class Replayer:
         rtol: float | None = None,
         samples: bool = False,
         keep_going: bool = False,
+        any_model: bool = False,
     ) -> None:
-        """`samples`: draw samples again, too. `keep_going`: past the first finding."""
+        """`samples`: draw samples again, too. `keep_going`: past the first finding. `any_model`: beside another base
+        model, too, which only who wants to see what differs can want."""
         self._log = log
         self._history = history
         self._choice = choice
@@ -46,6 +48,7 @@ class Replayer:
         self._rtol = rtol
         self._samples = samples
         self._keep_going = keep_going
+        self._any_model = any_model
         self._session: Session | None = None
         self._recorded: EnvironmentRecorded | None = None
         self._reached = 0
@@ -271,11 +274,12 @@ class Replayer:
         if self._session is not None:
             state = await self._session.snapshot()
             await self._session.stop()
-        kind, options = self._choice.of(recorded)
+        kind, options = self._choice.of(recorded, foreign=self._log.foreign)
         self._tell(f"starting {kind}", 0, 1)
         self._session = Session(self._log, self._history.run, kind, options)
         self.environment = await self._session.start()
-        require_same(f"run {self._history.run}", base_model_of(recorded), base_model_of(self.environment))
+        if not self._any_model:
+            require_same(f"run {self._history.run}", base_model_of(recorded), base_model_of(self.environment))
         self._recorded = recorded
         self.comparison.tolerance = tolerance_of(self.environment.facts.get("dtype"), self._rtol)
         # Bits that were lost do not come back with the environment.

@@ -51,6 +51,8 @@ class Log(Protocol):
 
     name: str
     """For a person: where it is."""
+    foreign: bool
+    """Whether anybody may have written it, and not this server."""
 
     def entries(
         self,
@@ -120,6 +122,8 @@ def opened(log: Log, stored: bytes) -> bytes:
 
 class DatabaseLog:
     """A server's log, read beside the server: no lease, no writer, no lock that outlives a statement."""
+
+    foreign = False
 
     def __init__(self, engine: sa.Engine, blobs: BlobStore, vault: Vault, name: str) -> None:
         self.name = name

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from tinkerbell.errors import InvalidRequest, MissingPackage
+from tinkerbell.files import open_private, write_private
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73")
 """Told apart with any colour vision (Okabe & Ito 2008)."""
@@ -56,13 +57,14 @@ def draw(file: Path, title: str, curves: Sequence[Curve]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     if file.suffix == ".png":
-        figure.savefig(file, format="png", dpi=144)
+        with open_private(file, "wb") as output:
+            figure.savefig(output, format="png", dpi=144)
         return
     svg = io.StringIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
     text = svg.getvalue()
-    file.write_text(
+    write_private(
+        file,
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title></head>'
         f'<body style="max-width:60rem;margin:2rem auto">{text[text.index("<svg") :]}</body></html>',
-        encoding="utf-8",
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from tinkerbell.errors import NotFound
+from tinkerbell.errors import InvalidRequest, NotFound
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import EnvironmentRecorded, Recorded
 from tinkerbell.executors.link import ExecutorLink
@@ -32,6 +32,11 @@ from tinkerbell.scheduler.results import combine
 from tinkerbell.scheduler.units import units_again
 from tinkerbell.types import AdamParams, DatumOutputs
 
+HARMLESS = "fake"
+"""The one kind of executor that reads no file and loads no code: an archive may name it."""
+HARMLESS_OPTIONS = ("vocab_size", "max_length", "rounding_ppm")
+"""Of that one, those that do not make it wait."""
+
 Change = Callable[[AdamParams], AdamParams]
 
 
@@ -42,10 +47,28 @@ class ExecutorChoice(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
     threads: int | None = None
     options: dict[str, str] | None = None
+    trusting: bool = False
+    """What a foreign archive says is taken as if it were this server's own log."""
 
-    def of(self, recorded: EnvironmentRecorded) -> tuple[str, ExecutorOptions]:
-        """(entry point, options) for an environment of the log."""
+    def of(self, recorded: EnvironmentRecorded, *, foreign: bool) -> tuple[str, ExecutorOptions]:
+        """(entry point, options) for an environment of the log. Raises InvalidRequest where a foreign log says what
+        was not asked for here: an executor is code that runs, and a model is a place that it reads."""
         kind = self.executor or recorded.executor
+        if foreign and not self.trusting:
+            if kind != HARMLESS and None in (self.executor, self.model):
+                said = "".join(f", {name}={value}" for name, value in sorted(recorded.options.items()))
+                raise InvalidRequest(
+                    f"this archive says to execute it with the executor {recorded.executor!r}, model"
+                    f" {recorded.source!r}{said}. Say which to use with --executor and --model (and its options with"
+                    " --executor-option), or --trust-archive to do as it says"
+                )
+            kept = HARMLESS_OPTIONS if kind == recorded.executor == HARMLESS else ()
+            recorded = msgspec.structs.replace(
+                recorded,
+                source=None,
+                model=msgspec.structs.replace(recorded.model, tokenizer=""),
+                options={name: value for name, value in recorded.options.items() if name in kept},
+            )
         threads = re.fullmatch("[0-9]{1,4}", recorded.facts.get("threads", ""))
         # A log of an older release says only where the model's tokenizer is, which is where the model is.
         source = recorded.source or recorded.model.tokenizer or None

@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 
 from tinkerbell.executors.port import AdapterState
+from tinkerbell.files import make_directory, write_private
 from tinkerbell.replay.engine import Replayer
 from tinkerbell.replay.findings import Finding
 from tinkerbell.replay.history import read_history
@@ -73,7 +74,7 @@ def write_adapter(state: AdapterState, directory: Path, *, with_optimizer: bool 
     files = {"adapter_model.safetensors": state.weights, "adapter_config.json": state.adapter_config}
     if with_optimizer and state.optimizer is not None:
         files[OPTIMIZER] = state.optimizer
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     for name, data in files.items():
-        (directory / name).write_bytes(data)
+        write_private(directory / name, data)
     return [directory / name for name in files]

@@ -81,7 +81,7 @@ async def _verify(
     history = read_history(log, run)
     broken = check(log, history, tell, head=head)
     begun_at_step = 0
-    replayer = Replayer(log, history, choice, tell, rtol=rtol, samples=samples, keep_going=keep_going)
+    replayer = Replayer(log, history, choice, tell, rtol=rtol, samples=samples, keep_going=keep_going, any_model=True)
     async with replayer:
         if not broken:
             until = None if since is None else history.place(since).position

@@ -1,29 +1,49 @@
 """A downloaded checkpoint, from archive to directory."""
 
 import io
+import shutil
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from tinkerbell.errors import ServerError
+
+MAX_FILES = 64
+"""Of a checkpoint, which has four."""
 
 
 def unpack(content: bytes, directory: Path) -> Path:
     """Write the files of a tar archive into `directory`, which is made if needed, and return it.
 
-    Only plain files are taken, without the directory they are in, so that an archive cannot write anywhere
-    else. Raises ServerError where it is no such archive.
+    Only plain files are taken, without the directory they are in, so that an archive cannot write anywhere else, and
+    none that says it is longer than the archive. Raises ServerError where it is no such archive; then nothing was
+    written.
     """
     try:
-        files = _files(io.BytesIO(content))
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+            members = dict(_files(archive, len(content)))
+            directory.mkdir(parents=True, exist_ok=True)
+            for name, member in members.items():
+                part = directory / f".{name}.part"
+                with part.open("wb") as file:
+                    shutil.copyfileobj(archive.extractfile(member) or io.BytesIO(), file)
+                part.replace(directory / name)
     except (tarfile.TarError, EOFError) as exc:
         raise ServerError(f"the downloaded checkpoint is not an archive ({exc})") from exc
-    named = {_plain_name(path): data for path, data in files.items()}
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, data in named.items():
-        part = directory / f".{name}.part"
-        part.write_bytes(data)
-        part.replace(directory / name)
     return directory
+
+
+def _files(archive: tarfile.TarFile, num_bytes: int) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """(name, member) of each."""
+    for number, member in enumerate(archive):
+        if number >= MAX_FILES:
+            raise ServerError(f"the downloaded checkpoint has more than {MAX_FILES} files")
+        if not member.isfile():
+            continue
+        # A sparse file of a few bytes can say that it has terabytes of zeros.
+        if member.issparse() or member.offset_data + member.size > num_bytes:
+            raise ServerError(f"the downloaded checkpoint was cut off in {member.name!r}, or says so of its size")
+        yield _plain_name(member.name), member
 
 
 def _plain_name(path: str) -> str:
@@ -32,12 +52,3 @@ def _plain_name(path: str) -> str:
     if not 1 <= len(parts) <= 2 or any(part in ("/", "..") for part in parts) or "\\" in path:
         raise ServerError(f"the downloaded checkpoint holds a file with an unexpected name: {path!r}")
     return parts[-1]
-
-
-def _files(stream: io.BytesIO) -> dict[str, bytes]:
-    files: dict[str, bytes] = {}
-    with tarfile.open(fileobj=stream, mode="r:") as archive:
-        for member in archive:
-            if member.isfile() and (data := archive.extractfile(member)) is not None:
-                files[member.name] = data.read()
-    return files

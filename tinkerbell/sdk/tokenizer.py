@@ -51,7 +51,7 @@ def load_tokenizer(models: Sequence[ModelInfo]) -> Tokenizer:
     except ModuleNotFoundError as exc:
         raise MissingPackage(f"tokenizer() needs transformers: pip install transformers ({exc})") from exc
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as exc:
         raise NotFound(
             f"the tokenizer {source!r} cannot be loaded on this machine ({exc});"

@@ -30,7 +30,9 @@ class WithPeft:
         """`directory`: of the base model; `states`: what each adapter starts from."""
         from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa")
+        base = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+        )
         base.generation_config.eos_token_id = None  # so that every sample gets its full length
         self.layers = {
             name: LinearShape(module.in_features, module.out_features)

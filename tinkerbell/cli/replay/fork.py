@@ -21,6 +21,7 @@ from tinkerbell.cli.replay.options import (
     tell_findings,
     unknown_is_2,
 )
+from tinkerbell.files import write_private
 
 if TYPE_CHECKING:
     from tinkerbell.cli.replay.online import ServerFork
@@ -61,6 +62,7 @@ def fork(
     model: str | None,
     threads: int | None,
     pairs: tuple[str, ...],
+    trust_archive: bool,
     config: Path | None,
     data_dir: str | None,
     database_url: str | None,
@@ -90,6 +92,7 @@ def fork(
         raise click.UsageError("say either --out DIRECTORY or --url SERVER")
     made: Fork | ServerFork
     with unknown_is_2(), log_of(run, config, data_dir, database_url) as (log, found):
+        choice = choice_of(executor, model, threads, pairs, trust_archive)
         if plot is not None:
             plotting.require(plot)
         changes = dict(map(name_and_value, settings))
@@ -101,12 +104,10 @@ def fork(
                 with Client(url) as client:
                     made = fork_on_server(client, log, found, at, changes, until=until, name=name, tell=tell)
             else:
-                made = replay.fork(
-                    log, found, at, changes, until=until, choice=choice_of(executor, model, threads, pairs), tell=tell
-                )
+                made = replay.fork(log, found, at, changes, until=until, choice=choice, tell=tell)
         if out is not None and isinstance(made, replay.Fork) and made.state is not None:
             replay.write_adapter(made.state, out, with_optimizer=True)
-            (out / "fork.json").write_bytes(msgspec.json.format(msgspec.json.encode(facts(made)), indent=1) + b"\n")
+            write_private(out / "fork.json", msgspec.json.format(msgspec.json.encode(facts(made)), indent=1) + b"\n")
         if plot is not None:
             draw(plot, made)
     if as_json:

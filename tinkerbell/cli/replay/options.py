@@ -26,8 +26,12 @@ STATUSES = "Exit status: 0 as recorded, 1 not as recorded, 2 it could not be exe
 
 
 def executor_options(command: Command) -> Command:
-    """--executor, --model, --threads, --executor-option: another executor than the recorded one."""
+    """--executor, --model, --threads, --executor-option: another executor than the recorded one; --trust-archive."""
     for option in (
+        click.option(
+            "--trust-archive", is_flag=True,
+            help="Execute an exported run with the executor, model and options that it names.",
+        ),
         click.option(
             "--executor-option", "pairs", multiple=True, metavar="NAME=VALUE",
             help="Setting of the executor; can be given several times.  [default: as recorded]",
@@ -40,13 +44,15 @@ def executor_options(command: Command) -> Command:
     return command
 
 
-def choice_of(executor: str | None, model: str | None, threads: int | None, pairs: Sequence[str]) -> "ExecutorChoice":
+def choice_of(
+    executor: str | None, model: str | None, threads: int | None, pairs: Sequence[str], trust_archive: bool
+) -> "ExecutorChoice":
     """The executor that was asked for."""
     from tinkerbell.config import name_and_value
     from tinkerbell.replay import ExecutorChoice
 
     options = dict(map(name_and_value, pairs)) if pairs else None
-    return ExecutorChoice(executor=executor, model=model, threads=threads, options=options)
+    return ExecutorChoice(executor=executor, model=model, threads=threads, options=options, trusting=trust_archive)
 
 
 @contextmanager

@@ -39,6 +39,7 @@ def state(
     model: str | None,
     threads: int | None,
     pairs: tuple[str, ...],
+    trust_archive: bool,
     config: Path | None,
     data_dir: str | None,
     database_url: str | None,
@@ -54,8 +55,9 @@ def state(
     from tinkerbell import replay
 
     with unknown_is_2(), log_of(run, config, data_dir, database_url) as (log, name):
+        choice = choice_of(executor, model, threads, pairs, trust_archive)
         with progress(f"state {name}") as tell:
-            found = replay.state_at(log, name, at, choice=choice_of(executor, model, threads, pairs), tell=tell)
+            found = replay.state_at(log, name, at, choice=choice, tell=tell)
         files = [] if found.findings else replay.write_adapter(found.state, out, with_optimizer=with_optimizer)
     if as_json:
         facts = {"run": found.run, "seq": found.seq, "step": found.step, "state_digest": found.state.digest}

@@ -56,6 +56,7 @@ def verify(
     model: str | None,
     threads: int | None,
     pairs: tuple[str, ...],
+    trust_archive: bool,
     config: Path | None,
     data_dir: str | None,
     database_url: str | None,
@@ -76,11 +77,12 @@ def verify(
     from tinkerbell.replay import plot as plotting
 
     with unknown_is_2(), log_of(run, config, data_dir, database_url) as (log, name):
+        choice = choice_of(executor, model, threads, pairs, trust_archive)
         if plot is not None:
             plotting.require(plot)
         with progress(f"verify {name}") as tell:
             report = replay.verify(
-                log, name, choice=choice_of(executor, model, threads, pairs), since=since, samples=samples,
+                log, name, choice=choice, since=since, samples=samples,
                 keep_going=keep_going, head=head, rtol=rtol, tell=tell,
             )  # fmt: skip
         if plot is not None:

@@ -68,8 +68,10 @@ def _write_once(file: Path, target: Path) -> None:
 def _dequantise(file: Path, directory: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    quantised: Any = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
+    quantised: Any = AutoModelForCausalLM.from_pretrained(
+        str(file.parent), gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+    )
     config = quantised.config
     # transformers refuses to save a model that remembers its quantisation, so the weights move to a fresh one.
     if hasattr(config, "quantization_config"):

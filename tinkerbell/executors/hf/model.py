@@ -65,7 +65,7 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
     except OSError as exc:
         raise NotFound(f"model `{source}` cannot be loaded: {_first_line(exc)}") from exc
     except ValueError as exc:

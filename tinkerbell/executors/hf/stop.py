@@ -103,6 +103,6 @@ def load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise InvalidRequest("this model has no tokenizer, so a stop must be given by stop_tokens") from exc
