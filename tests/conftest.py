@@ -39,8 +39,8 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(tmp_path: Path, sqlite_template: Path) -> Settings:
     """A fresh SQLite database, up to date, in a data directory of its own; the fake executor."""
     data_dir = tmp_path / "data"
-    data_dir.mkdir()
-    shutil.copyfile(sqlite_template, data_dir / "tinkerbell.db")
+    data_dir.mkdir(0o700)
+    shutil.copy(sqlite_template, data_dir / "tinkerbell.db")
     return Settings(data_dir=str(data_dir), executor="fake")
 
 

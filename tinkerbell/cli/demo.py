@@ -13,6 +13,7 @@ from rich.text import Text
 from tinkerbell.cli.options import json_option, print_json, print_table
 from tinkerbell.config import Settings
 from tinkerbell.errors import ServerError
+from tinkerbell.files import write_private
 
 if TYPE_CHECKING:
     from tinkerbell.demo.bill import Answer
@@ -100,8 +101,8 @@ def write_report(
 
     png, svg = plot.draw(tracks)
     picture, report = out / "losses.png", out / "losses.html"
-    picture.write_bytes(png)
-    report.write_text(page.page(tracks, verdicts, answers, svg, head), encoding="utf-8")
+    write_private(picture, png)
+    write_private(report, page.page(tracks, verdicts, answers, svg, head))
     return [picture, report]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tinkerbell.errors import ServerError
+from tinkerbell.files import make_directory, open_private
 
 STOP_S = 10.0
 LOG_TAIL_BYTES = 2000
@@ -61,8 +62,8 @@ class ServerProcess:
 
     def spawn(self) -> None:
         """Start the process without waiting for it."""
-        self.data_dir.mkdir(parents=True, exist_ok=True)
-        with self.log_file.open("ab") as log:
+        make_directory(self.data_dir)
+        with open_private(self.log_file, "ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tinkerbell", "serve", *self._arguments],
                 stdin=subprocess.DEVNULL,

@@ -22,6 +22,7 @@ from tinkerbell.api.server import serve_api
 from tinkerbell.cli.database import prepare, shown, where
 from tinkerbell.config import Settings
 from tinkerbell.events.store import EventStore
+from tinkerbell.files import write_private
 from tinkerbell.scheduler.service import SchedulerService
 
 SCHEDULER_GRACE_S = 3.0
@@ -174,7 +175,7 @@ class Server:
         if self._ready_file is not None:
             # Renamed into place, so that whoever waits for it never reads half of it.
             part = self._ready_file.with_name(self._ready_file.name + ".part")
-            part.write_bytes(msgspec.json.encode(Ready(pid=os.getpid(), role=self._role, url=url)))
+            write_private(part, msgspec.json.encode(Ready(pid=os.getpid(), role=self._role, url=url)))
             part.rename(self._ready_file)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from tinkerbell.errors import Corrupt, Unavailable
+from tinkerbell.files import make_directory
 
 _DIGEST = re.compile("[0-9a-f]{64}")
 _PART = re.compile("[0-9a-f]{2}")
@@ -60,7 +61,7 @@ class BlobStore:
         if self._has(target, data):
             self._sync_path(target)
             return digest.digest(), None
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(target.parent)
         descriptor, name = tempfile.mkstemp(prefix=_HALF, dir=target.parent)
         temporary = Path(name)
         try:
@@ -101,6 +102,14 @@ class BlobStore:
         if hashlib.sha256(data).hexdigest() != digest:
             raise Corrupt(f"blob {digest} has other bytes than were written")
         return data
+
+    def head(self, digest: str, num_bytes: int) -> bytes:
+        """The first bytes of the blob with this hash (hex); none where it is missing."""
+        try:
+            with self.path(digest).open("rb") as file:
+                return file.read(num_bytes)
+        except FileNotFoundError:
+            return b""
 
     def exists(self, digest: str) -> bool:
         """Whether there is a file of this hash (hex), whole or not."""

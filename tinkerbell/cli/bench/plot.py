@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from tinkerbell.demo.plot import COLOURS, require_matplotlib
+from tinkerbell.files import open_private
 
 SUFFIXES = (".png", ".svg", ".pdf")
 LIMIT_COLOUR = "#000000"
@@ -53,4 +54,5 @@ def draw(rows: Sequence[dict[str, Any]], limit: str, file: Path, title: str) -> 
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(title, x=0.01, ha="left")
     metadata = {"Date": None} if file.suffix.lower() == ".svg" else None
-    figure.savefig(file, dpi=144, metadata=metadata)
+    with open_private(file, "wb") as output:
+        figure.savefig(output, format=file.suffix.lower().removeprefix(".") or "png", dpi=144, metadata=metadata)

@@ -9,6 +9,7 @@ import msgspec
 
 from tinkerbell.cli.bench.machine import Machine
 from tinkerbell.cli.options import print_table, wide_console
+from tinkerbell.files import write_private
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Rows = list[dict[str, Any]]
@@ -95,6 +96,6 @@ def publish(report: Report, columns: Sequence[str], json_file: Path | None) -> N
         if str(json_file) == "-":
             click.echo(text, nl=False)
         else:
-            json_file.write_text(text)
+            write_private(json_file, text)
     if not all(expectation.met for expectation in report.expectations):
         raise SystemExit(1)
