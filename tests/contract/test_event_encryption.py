@@ -21,6 +21,7 @@ from tinkerbell.events import tables as t
 from tinkerbell.events.engine import make_engine
 from tinkerbell.events.kinds import ForwardBackwardBody
 from tinkerbell.events.store import EventStore
+from tinkerbell.files import write_private
 
 PATTERN = log.ints(*range(7001, 7033))
 """Tokens that nothing else has."""
@@ -115,7 +116,7 @@ def test_without_the_key_file_the_log_verifies_and_bodies_say_what_to_do(
     for text in (None, "nonsense", "00" * 32):
         database_settings.key_path.unlink(missing_ok=True)
         if text is not None:
-            database_settings.key_path.write_text(text)
+            write_private(database_settings.key_path, text)
         with closing(EventStore.open(database_settings)) as blind:
             blind.check()
             with pytest.raises(KeyUnavailable, match=r"encryption\.key"):
@@ -125,6 +126,13 @@ def test_without_the_key_file_the_log_verifies_and_bodies_say_what_to_do(
             assert database_settings.key_path.exists() == (text is not None), "no second key is made"
     moved = tmp_path / "elsewhere"
     moved.write_text(kept)
+    with closing(EventStore.open(msgspec.structs.replace(database_settings, key_file=str(moved)))) as elsewhere:
+        moved.chmod(0o640)
+        with pytest.raises(KeyUnavailable, match=f"chmod 600 {moved}"):
+            elsewhere.require_keys()
+        with pytest.raises(KeyUnavailable, match=f"chmod 600 {moved}"):
+            elsewhere.body(asked)
+    moved.chmod(0o600)
     with closing(EventStore.open(msgspec.structs.replace(database_settings, key_file=str(moved)))) as elsewhere:
         assert elsewhere.body(asked) is not None
 

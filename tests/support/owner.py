@@ -15,7 +15,8 @@ from tinkerbell.events.vault import Vault
 
 @contextmanager
 def as_owner(settings: Settings) -> Iterator[sa.Connection]:
-    """A connection of somebody who may do anything: triggers and foreign keys are out of the way."""
+    """A connection of somebody who may do anything: triggers and foreign keys are out of the way, and there again in
+    the end."""
     text = {
         "json_serializer": str,
         "json_deserializer": lambda value: value if isinstance(value, str) else value.decode(),
@@ -25,10 +26,13 @@ def as_owner(settings: Settings) -> Iterator[sa.Connection]:
         if connection.dialect.name == "postgresql":
             connection.exec_driver_sql("SET session_replication_role = replica")
         else:
-            names = connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'trigger'").scalars().all()
-            for name in names:
-                connection.exec_driver_sql(f"DROP TRIGGER {name}")
+            triggers = connection.exec_driver_sql("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").all()
+            for trigger in triggers:
+                connection.exec_driver_sql(f"DROP TRIGGER {trigger.name}")
         yield connection
+        if connection.dialect.name == "sqlite":
+            for trigger in triggers:
+                connection.exec_driver_sql(trigger.sql)
     engine.dispose()
 
 

@@ -47,24 +47,34 @@ def audit() -> None:
 
 @audit.command()
 @click.option("--seal", "kept", type=Seal(), help="A seal that was kept elsewhere: the log must still have this root.")
+@click.option("--without-keys", is_flag=True, help="Leave out what needs the key file, for who does not have it.")
 @log_options
 @json_option
 def verify(
-    kept: "KeptSeal | None", config: Path | None, data_dir: str | None, database_url: str | None, as_json: bool
+    kept: "KeptSeal | None",
+    without_keys: bool,
+    config: Path | None,
+    data_dir: str | None,
+    database_url: str | None,
+    as_json: bool,
 ) -> None:
-    """Check every event, hash chain, seal, blob and projection. Exit status 1 names the first thing that is wrong.
+    """Check every event, hash chain, seal, blob, projection, data key, and the schema. Exit status 1 names the first
+    thing that is wrong.
 
     What is as it was written, and yet cannot be read by this release, is named with its position; the rest of the log
     is checked all the same, and the exit status says nothing of it.
 
-    Whoever can write the database could write a whole stream anew, with its hashes and the seals in the log. A seal
-    that was printed or sent elsewhere before shows it: give it with --seal.
+    Every event must have been written by who has the key file: one that somebody put into the database has no MAC. The
+    log of an older release begins to be authenticated at its upgrade; the line `authenticated_from` says where.
+
+    Who has the database and the key file could still write a whole stream anew, with its hashes and the seals in the
+    log. A seal that was printed or sent elsewhere before shows it: give it with --seal.
 
     \b
     tinkerbell audit verify --json
     tinkerbell audit verify --seal "$(cat monday.seal)"
     """
-    verify_log(config, data_dir, database_url, as_json, kept)
+    verify_log(config, data_dir, database_url, as_json, kept, with_keys=not without_keys)
 
 
 @audit.command()
@@ -133,11 +143,13 @@ def verify_log(
     database_url: str | None,
     as_json: bool,
     kept: "KeptSeal | None" = None,
+    *,
+    with_keys: bool = True,
 ) -> None:
-    """Run the store's own check and print its counts; a broken log is exit status 1."""
+    """Run the store's own audit and print its counts; a broken log is exit status 1."""
     store = open_store(config, data_dir, database_url)
     try:
-        report = store.check(seal=kept)
+        found = store.audit(seal=kept, with_keys=with_keys)
     except Corrupt as exc:
         if as_json:
             print_json({"ok": False, "problem": exc.detail})
@@ -145,11 +157,15 @@ def verify_log(
         raise
     finally:
         store.close()
-    counts = msgspec.to_builtins(report)
+    counts = msgspec.to_builtins(found)
+    counts = {**counts.pop("log"), **counts}
     if as_json:
         print_json({"ok": True, **counts})
         return
     unreadable = counts.pop("unreadable")
+    since = found.authenticated_from
+    counts["authenticated_from"] = str(since) if since else "none" if with_keys else "not checked"
+    counts["num_keys"] = "not checked" if found.num_keys is None else found.num_keys
     print_table("The log is whole", ("checked", "count"), list(counts.items()))
     if unreadable:
         rows = [tuple(each[name] for name in ("position", "type", "what", "why")) for each in unreadable[:MOST_NAMED]]

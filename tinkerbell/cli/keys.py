@@ -18,7 +18,7 @@ from tinkerbell.cli.options import (
     when,
 )
 from tinkerbell.config import Settings
-from tinkerbell.errors import NotFound
+from tinkerbell.errors import Conflict, NotFound
 from tinkerbell.types import SYSTEM_TENANT, Name
 
 
@@ -52,6 +52,11 @@ def create_key(settings: Settings, tenant: str, *, admin: bool = False, note: st
     event = KeyCreated(key_id=key_id, key_hash=hashlib.sha256(secret.encode()).hexdigest(), admin=admin, note=note)
     store = EventStore.open(settings)
     try:
+        if store.queries.was_erased(tenant):
+            raise Conflict(
+                f"Tenant {tenant} was erased: what its events say stays in the log under this name, and whoever got a"
+                " key of it would see that. Give another name."
+            )
         store.append(NewEvent(event=event, tenant=tenant, stream=f"tenant/{tenant}"))
     finally:
         store.close()

@@ -217,6 +217,14 @@ def erase(
     if as_json:
         print_json(done)
         return
+    for each in done.left:
+        click.echo(f"Not all is out of reach: {each}", err=True)
+    if done.key_file is not None:
+        click.echo(
+            f"{done.key_file} has a new key, and {done.num_keys_rewrapped} data keys of others were wrapped with it:"
+            " copy it to every machine that has one, and to your backup of it in place of the old one. Who still has"
+            " the old key file and an old copy of the database can read what was erased."
+        )
     bulk = done.bulk
     if done.position is None:
         click.echo(f"{tenant} had been erased already; nothing was left but {done.num_files} files.")

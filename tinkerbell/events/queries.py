@@ -151,6 +151,10 @@ class Queries(AdapterQueries, BaseModelQueries, SessionQueries, UsageQueries):
         with self._engine.connect() as connection:
             return holdings.of_tenant(connection, tenant, defaults)
 
+    def was_erased(self, tenant: str) -> bool:
+        """Whether the tenant was erased at some time."""
+        return self._first(sa.select(t.erasures.c.position).where(t.erasures.c.tenant == tenant)) is not None
+
     def tenants(self) -> list[str]:
         """Every tenant the log has an event of, by name, without the system's own."""
         # From one tenant to the next in the index: DISTINCT would read every event.

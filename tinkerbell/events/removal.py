@@ -126,6 +126,13 @@ def _living(connection: sa.Connection, keys: Sequence[bytes]) -> list[bytes]:
     return list(connection.execute(query).scalars())
 
 
+def destroyed_keys(connection: sa.Connection) -> set[bytes]:
+    """Ids of the data keys that erasures destroyed, all that there ever were."""
+    said = sa.select(events.c.data).where(events.c.type == "tenant.erased")
+    texts = (data if isinstance(data, str) else canonical_json(data) for data in connection.execute(said).scalars())
+    return {bytes.fromhex(key) for text in texts for key in msgspec.json.decode(text, type=_Said).data_keys}
+
+
 def living_keys_of_erased(connection: sa.Connection) -> list[TenantId]:
     """Tenants that were erased and whose keys of then are still there."""
     return [tenant for tenant, keys in _keys_of_erased(connection).items() if _living(connection, keys)]

@@ -7,18 +7,21 @@ for an erasure the keys before all. Whatever ends the process in between, doing 
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import msgspec
 import sqlalchemy as sa
 
-from tinkerbell.errors import Conflict, NotFound
+from tinkerbell.errors import Conflict, KeyUnavailable, NotFound
 from tinkerbell.events import removal
 from tinkerbell.events.engine import snapshot
 from tinkerbell.events.kinds import BulkCompacted, KeyRevoked, NewEvent, Recorded, TenantErased
+from tinkerbell.events.old_copies import outside_of_transactions, rewrite, write_over_wal
 from tinkerbell.events.removal import Bulk
 from tinkerbell.events.rows import DisposableRow
 from tinkerbell.events.sweeping import Sweeper, Swept
 from tinkerbell.events.tables import adapters, api_keys, checkpoints, data_keys, erasures, events, futures
+from tinkerbell.events.vault import Vault
 from tinkerbell.types import SYSTEM_TENANT, TenantId
 
 Tell = Callable[[str, float, float], None]
@@ -43,6 +46,13 @@ class Removal(msgspec.Struct, frozen=True, kw_only=True):
     num_checkpoints: int = 0
     num_files: int = 0
     """Blobs deleted: one that others name as well stays."""
+    num_keys_rewrapped: int | None = None
+    """Data keys of others that were wrapped anew under a new key in the key file, so that no copy of an old wrapped key
+    opens anything; None: they were not."""
+    key_file: str | None = None
+    """The file that has a new key since."""
+    left: tuple[str, ...] = ()
+    """What of it may still be readable somewhere that this could reach, and why."""
 
 
 class Retention:
@@ -54,13 +64,13 @@ class Retention:
         reader: sa.Engine,
         sweeper: Sweeper,
         append: Append,
-        forget: Callable[[TenantId], None],
+        vault: Vault,
     ) -> None:
         self._writer = writer
         self._reader = reader
         self._sweeper = sweeper
         self._append = append
-        self._forget = forget
+        self._vault = vault
 
     def erase(self, tenant: TenantId, *, actor: str, fence: Fence, tell: Tell) -> Removal:
         """Make all that the tenant has stored unreadable and take it out.
@@ -78,10 +88,17 @@ class Retention:
             erased = NewEvent(event=event, tenant=tenant, stream=stream, actor=actor, fence=fence)
             position = self._append(*news, erased)[-1].position
         num_keys, num_files = self._take_out(tell)
-        self._forget(tenant)
+        self._vault.forget(tenant)
+        left: list[str] = []
+        num_rewrapped = self._rewrap(left)
         tell("rewriting the database", 0, 1)
-        self._rewrite()
+        rewrite(self._writer, self._reader, (events, data_keys))
+        if (why := write_over_wal(self._reader, partial(tell, "writing over old logs"))) is not None:
+            left.append(f"old segments of pg_wal still have the wrapped keys, and what was stored unencrypted: {why}")
         return Removal(
+            num_keys_rewrapped=num_rewrapped,
+            key_file=None if num_rewrapped is None else str(self._vault.path),
+            left=tuple(left),
             bulk=bulk,
             position=position,
             num_keys_destroyed=num_keys,
@@ -90,6 +107,17 @@ class Retention:
             num_checkpoints=len(event.checkpoints),
             num_files=num_files,
         )
+
+    def _rewrap(self, left: list[str]) -> int | None:
+        """How many keys; adds to `left` why not."""
+        try:
+            return self._vault.rewrap()
+        except (KeyUnavailable, OSError) as exc:
+            left.append(
+                "the other data keys were not wrapped under a new key file, so that a copy of the database from before"
+                f" and the key file {self._vault.path} still open what was erased: {exc}"
+            )
+            return None
 
     def plan(self, tenant: TenantId) -> TenantErased:
         """What `erase` would say. Raises as it does."""
@@ -132,7 +160,7 @@ class Retention:
         """Take out what was said to be removed, and give the space back; how many files were deleted."""
         _, num_files = self._take_out(tell)
         tell("rewriting the database", 0, 1)
-        self._rewrite()
+        rewrite(self._writer, self._reader, (events, data_keys))
         return num_files
 
     def bulk_at(self, positions: Sequence[int]) -> Bulk:
@@ -180,7 +208,7 @@ class Retention:
         """(data keys destroyed, files deleted) for whatever the log says is removed."""
         tell("taking bodies out", 0, 1)
         if self._writer.dialect.name == "sqlite":
-            self._pragma("secure_delete=ON")
+            outside_of_transactions(self._writer, "PRAGMA secure_delete=ON")
         with self._writer.begin() as connection:
             num_keys = removal.destroy_keys(connection)
             removal.drop_bodies(connection)
@@ -192,22 +220,3 @@ class Retention:
             tell("deleting blobs", start, len(removed))
             num_files += self._sweeper.remove_digests(removed[start : start + POSITIONS_AT_ONCE]).num_files
         return num_keys, num_files
-
-    def _rewrite(self) -> None:
-        """Leave nothing of what was taken out in pages that are free, or in SQLite's write-ahead log."""
-        if self._writer.dialect.name == "sqlite":
-            for statement in ("wal_checkpoint(TRUNCATE)", None, "wal_checkpoint(TRUNCATE)"):
-                self._pragma(statement)
-        else:
-            # Only FULL writes the tables anew: after a plain one dead rows can still be read from the files.
-            with self._reader.connect() as connection:
-                for table in (events.name, data_keys.name):
-                    connection.exec_driver_sql(f"VACUUM (FULL) {table}")
-
-    def _pragma(self, pragma: str | None) -> None:
-        """Run a pragma, or VACUUM, outside of any transaction."""
-        raw = self._writer.raw_connection()
-        try:
-            raw.driver_connection.execute(f"PRAGMA {pragma}" if pragma else "VACUUM").fetchall()  # type: ignore[union-attr]
-        finally:
-            raw.close()

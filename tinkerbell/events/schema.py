@@ -10,6 +10,7 @@ from alembic.script import ScriptDirectory
 
 from tinkerbell.errors import SchemaOutdated
 from tinkerbell.events.engine import make_engine, parse_url, sqlite_path
+from tinkerbell.files import make_directory, open_private
 
 UPGRADE_LOCK = 0x74696E6B
 """Key of the Postgres advisory lock that keeps two upgrades apart."""
@@ -29,7 +30,9 @@ def upgrade(url: str) -> None:
     """
     path = sqlite_path(parse_url(url))
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
+        # SQLite gives its other files the mode of this one.
+        open_private(path, "ab").close()
     engine = make_engine(url, role="writer")
     try:
         with engine.begin() as connection:
@@ -40,12 +43,17 @@ def upgrade(url: str) -> None:
             ahead = set(_heads(connection)) - known
             if ahead:
                 raise SchemaOutdated(f"the database has revision {', '.join(ahead)}, made by a newer release than this")
-            config = Config()
-            config.set_main_option("script_location", str(migrations_dir()).replace("%", "%%"))
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            migrate(connection)
     finally:
         engine.dispose()
+
+
+def migrate(connection: sa.Connection) -> None:
+    """Run the migrations that are missing, in the connection's transaction."""
+    config = Config()
+    config.set_main_option("script_location", str(migrations_dir()).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
 
 
 def is_current(url: str) -> bool:

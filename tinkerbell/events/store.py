@@ -5,18 +5,20 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from tinkerbell.config import Settings
 from tinkerbell.errors import Corrupt, SchemaOutdated, ServerError, StorageUnavailable, Unavailable
-from tinkerbell.events import check, codec, leases, outcomes, reading, schema, seals
+from tinkerbell.events import audit, check, codec, leases, outcomes, reading, schema, seals
+from tinkerbell.events.audit import Audit
 from tinkerbell.events.blobs import BlobFile, BlobStore
 from tinkerbell.events.check import CheckReport
 from tinkerbell.events.check_seals import KeptSeal
 from tinkerbell.events.codec import Prepared
-from tinkerbell.events.engine import make_engine, snapshot
+from tinkerbell.events.engine import make_engine, parse_url, snapshot, sqlite_path
 from tinkerbell.events.kinds import Body, LogSealed, NewEvent, Recorded, type_of
 from tinkerbell.events.leases import Claim, Lease, LeaseCall, Renewal
 from tinkerbell.events.outcomes import Waiter
@@ -30,6 +32,7 @@ from tinkerbell.events.tables import log_head
 from tinkerbell.events.tail import Callback, Tail
 from tinkerbell.events.vault import Vault
 from tinkerbell.events.writer import GROUP_EVENTS, BlobRef, Entry, Item, Writer
+from tinkerbell.files import make_directory, tighten
 from tinkerbell.types import SYSTEM_TENANT
 
 log = logging.getLogger(__name__)
@@ -54,11 +57,13 @@ class EventStore:
         self._encrypt = settings.encryption == "on"
         self.sweeper = Sweeper(writer, reader, blobs)
         """Takes files that no event needs out of the blob store."""
-        self.retention = Retention(writer, reader, self.sweeper, self.append, vault.forget)
+        self.retention = Retention(writer, reader, self.sweeper, self.append, vault)
         """Erasing tenants, compacting old bulk."""
         self._tail = Tail(reader)
-        drop = self.sweeper.drop
-        self._writer = Writer(writer, self._tail.push, drop, blobs, limits=settings.limits, group_events=group_events)
+        drop, keys = self.sweeper.drop, partial(vault.commit_keys, make=self._encrypt)
+        self._writer = Writer(
+            writer, self._tail.push, drop, blobs, limits=settings.limits, keys=keys, group_events=group_events
+        )
         self.dialect = writer.dialect.name
         """`sqlite` or `postgresql`."""
         self.queries = Queries(reader)
@@ -79,9 +84,14 @@ class EventStore:
                 "the database schema is not the one this release needs; run `tinkerbell db upgrade`"
                 " with the same settings, after a backup"
             )
+        make_directory(settings.blob_dir)
+        for path, still in tighten(_files(settings)):
+            if still:
+                log.warning("others than its owner, another user, can read it path=%s", path)
+            else:
+                log.warning("others could read it; now its owner alone can path=%s", path)
         writer = make_engine(settings.url, role="writer", durability=settings.durability)
         reader = make_engine(settings.url, role="reader")
-        settings.blob_dir.mkdir(parents=True, exist_ok=True)
         vault = Vault(reader, settings.key_path, writer=writer)
         return cls(writer, reader, BlobStore(settings.blob_dir), vault, settings, group_events)
 
@@ -344,3 +354,18 @@ class EventStore:
         """
         with snapshot(self._read_engine) as connection:
             return check.check(connection, self._blobs, self._vault, seal)
+
+    def audit(self, *, seal: KeptSeal | None = None, with_keys: bool = True) -> Audit:
+        """`check`, and whether the schema is what the migrations make, every data key opens, and every event was
+        written by who has the key file; `with_keys` false leaves out what needs that file. Raises as `check` does."""
+        return audit.audit(
+            self._write_engine, self._read_engine, self._blobs, self._vault, kept=seal, with_keys=with_keys
+        )
+
+
+def _files(settings: Settings) -> list[Path]:
+    """What there is of a log outside of Postgres."""
+    found = [Path(settings.data_dir), settings.blob_dir]
+    if (database := sqlite_path(parse_url(settings.url))) is not None:
+        found += [database, *(database.with_name(database.name + end) for end in ("-wal", "-shm", "-journal"))]
+    return found

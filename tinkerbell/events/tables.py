@@ -136,6 +136,17 @@ event_blobs = sa.Table(
     comment="Which blobs an event names. Append-only like the log.",
 )
 
+# ---- who wrote the log: checked by `tinkerbell audit verify` -------------------------------------------------------
+
+commit_macs = sa.Table(
+    "commit_macs",
+    metadata,
+    C("position", Big, primary_key=True, autoincrement=False, comment="of the last event of the transaction"),
+    C("first", Big, nullable=False, comment="position of its first event"),
+    C("mac", Hash, nullable=False, comment="HMAC of their hashes under the key in the key file"),
+    comment="What only who has the key file can write. No part of the log.",
+)
+
 # ---- keys: no part of the log, so that one can be destroyed ----------------------------------------------------------
 
 data_keys = sa.Table(

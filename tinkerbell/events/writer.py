@@ -19,6 +19,8 @@ from tinkerbell.errors import InvalidRequest, StorageUnavailable, TinkerbellErro
 from tinkerbell.events import facts, holdings, leases, outcomes, stopped
 from tinkerbell.events.blobs import BlobFile, BlobStore
 from tinkerbell.events.codec import Prepared
+from tinkerbell.events.commits import mac_of
+from tinkerbell.events.key_file import Keys
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.leases import Claim, LeaseCall, Renewal
 from tinkerbell.events.outcomes import Outcome, Waiter
@@ -27,7 +29,7 @@ from tinkerbell.events.projector import project
 from tinkerbell.events.rules import Admitted, admit
 from tinkerbell.events.state import LeaseFacts, State
 from tinkerbell.events.statements import Statements
-from tinkerbell.events.tables import blobs, event_blobs, events, log_head, stored, streams
+from tinkerbell.events.tables import blobs, commit_macs, event_blobs, events, log_head, stored, streams
 from tinkerbell.types import SYSTEM_TENANT
 
 log = logging.getLogger(__name__)
@@ -97,7 +99,7 @@ class _OutcomeUnknownError(Exception):
 
 class Writer:
     """Owns the write connection. `on_commit` gets the events of each transaction after it is durable, `on_refused` the
-    files of submits that came to nothing."""
+    files of submits that came to nothing, `keys` are what transactions are authenticated with."""
 
     def __init__(
         self,
@@ -107,6 +109,7 @@ class Writer:
         blobs: BlobStore,
         *,
         limits: Limits,
+        keys: Callable[[], Keys | None] = lambda: None,
         group_events: int = GROUP_EVENTS,
     ) -> None:
         """`limits`: of tenants that have none of their own."""
@@ -116,6 +119,7 @@ class Writer:
         self._on_commit = on_commit
         self._on_refused = on_refused
         self._blobs = blobs
+        self._keys = keys
         self._group_events = group_events
         self._queue: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self._held: Entry | None = None
@@ -226,6 +230,7 @@ class Writer:
                 for tenant, less in holdings.leaving(connection, (each.recorded for each in group.admitted)).items():
                     group.stored[tenant] = group.stored.get(tenant, 0) - less
                 _insert(statements, group)
+                self._authenticate(statements, group)
             for entry, lease, ttl_us in group.expiries:
                 kept = leases.renew(connection, lease, ttl_us)
                 if isinstance(entry.lease_call, Renewal):
@@ -243,6 +248,13 @@ class Writer:
         if not happened:
             raise failure
         return group
+
+    def _authenticate(self, statements: Statements, group: _Group) -> None:
+        if (keys := self._keys()) is None:
+            return
+        first, last = group.admitted[0].row["position"], group.admitted[-1].row["position"]
+        mac = mac_of(keys, first, [item.row["hash"] for item in group.admitted])
+        statements.insert(commit_macs, [{"position": last, "first": first, "mac": mac}])
 
     def _is_durable(self, group: _Group) -> bool:
         """Whether a commit that ended in an error happened nevertheless, as when the connection broke after it.
