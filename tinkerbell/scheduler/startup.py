@@ -9,7 +9,7 @@ from tinkerbell.events import kinds
 from tinkerbell.events.kinds import Recorded
 from tinkerbell.events.store import EventStore
 from tinkerbell.scheduler.pending import Reason
-from tinkerbell.types import AdapterId, TenantId
+from tinkerbell.types import SYSTEM_TENANT, AdapterId, TenantId
 
 log = logging.getLogger("tinkerbell.scheduler")
 
@@ -49,7 +49,7 @@ def read_backlog(store: EventStore) -> Backlog:
 def _ran(store: EventStore, requests: list[Recorded]) -> dict[int, tuple[int, str]]:
     waiting = {r.position for r in requests}
     ran: dict[int, tuple[int, str]] = {}
-    for recorded in _since(store, waiting, kinds.BatchRan):
+    for recorded in _since(store, waiting, kinds.BatchRan, SYSTEM_TENANT):
         event = recorded.event
         if not isinstance(event, kinds.BatchRan):
             continue
@@ -62,14 +62,15 @@ def _ran(store: EventStore, requests: list[Recorded]) -> dict[int, tuple[int, st
 
 def _cancelled(store: EventStore, requests: list[Recorded]) -> list[int]:
     samples = {r.position for r in requests if isinstance(r.event, kinds.SampleRequested)}
-    said = (recorded.event for recorded in _since(store, samples, kinds.SampleCancelled))
+    tenants = {r.tenant for r in requests if r.position in samples}
+    said = (r.event for tenant in tenants for r in _since(store, samples, kinds.SampleCancelled, tenant))
     return [event.request for event in said if isinstance(event, kinds.SampleCancelled) and event.request in samples]
 
 
-def _since(store: EventStore, positions: set[int], event: type[kinds.Event]) -> Iterator[Recorded]:
-    """Events of this type after the first of these positions."""
+def _since(store: EventStore, positions: set[int], event: type[kinds.Event], tenant: TenantId) -> Iterator[Recorded]:
+    """Events of the tenant of this type after the first of these positions."""
     after = min(positions, default=None)
-    while after is not None and (page := store.read(after, limit=_PAGE, types=[kinds.type_of(event)])):
+    while after is not None and (page := store.read(after, limit=_PAGE, tenant=tenant, types=[kinds.type_of(event)])):
         yield from page
         after = page[-1].position
 
