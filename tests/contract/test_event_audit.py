@@ -15,7 +15,7 @@ from tests.support.life import live
 from tests.support.owner import as_owner
 from tinkerbell.config import Settings
 from tinkerbell.errors import Corrupt, KeyUnavailable
-from tinkerbell.events import kinds
+from tinkerbell.events import holdings, kinds
 from tinkerbell.events import tables as t
 from tinkerbell.events.chain import link
 from tinkerbell.events.check_schema import check_schema, compare
@@ -126,6 +126,8 @@ def forged_key(settings: Settings, *, mac: bytes | None) -> int:
                 created_us=row["created_us"],
             )
         )
+        counted = holdings.stored_now(connection)["alice"]
+        connection.execute(t.stored.update().where(t.stored.c.tenant == "alice").values(num_bytes=counted))
         if mac is not None:
             connection.execute(t.commit_macs.insert().values(position=position, first=position, mac=mac))
     return int(position)
