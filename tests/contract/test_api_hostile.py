@@ -12,7 +12,7 @@ import pytest
 from litestar.handlers import HTTPRouteHandler
 from litestar.routes import HTTPRoute
 
-from tests.support.api_driver import ApiDriver, record_environment
+from tests.support.api_driver import ApiDriver, lead, record_environment
 from tinkerbell.api import bodies
 from tinkerbell.api.tinker.routes import futures
 from tinkerbell.config import Settings
@@ -41,6 +41,7 @@ MAX_ANSWER_BYTES = 4000
 def api(database_settings: Settings, store: EventStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiDriver]:
     monkeypatch.setattr(futures, "HOLD_S", 0.0)
     record_environment(store)
+    lead(store)
     with ApiDriver(database_settings, store) as driver:
         yield driver
         store.check()

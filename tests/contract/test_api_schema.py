@@ -16,7 +16,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.support.api_driver import ApiDriver, datum, record_environment
+from tests.support.api_driver import ApiDriver, datum, lead, record_environment
 from tinkerbell.config import Settings
 from tinkerbell.events.store import EventStore
 
@@ -32,6 +32,7 @@ CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance,
 @pytest.fixture
 def api(settings: Settings, sqlite_store: EventStore) -> Iterator[ApiDriver]:
     record_environment(sqlite_store)
+    lead(sqlite_store)
     with ApiDriver(settings, sqlite_store) as driver:
         yield driver
 

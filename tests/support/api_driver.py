@@ -15,6 +15,7 @@ from tinkerbell.api.app import create_app
 from tinkerbell.config import Settings
 from tinkerbell.events import kinds
 from tinkerbell.events.kinds import NewEvent, Recorded
+from tinkerbell.events.leases import SCHEDULER
 from tinkerbell.events.store import EventStore
 from tinkerbell.types import SYSTEM_TENANT, DatumOutputs, ModelInfo, PromptScores, SampledSequence
 
@@ -35,6 +36,11 @@ def record_environment(store: EventStore, model: ModelInfo = MODEL) -> None:
     """As if an executor had come up."""
     event = kinds.EnvironmentRecorded(digest="e" * 64, executor="fake", exact=True, model=model, facts={})
     store.append(NewEvent(event=event, tenant=SYSTEM_TENANT, stream="system/scheduler"))
+
+
+def lead(store: EventStore) -> None:
+    """As if a scheduler led."""
+    assert store.acquire_lease(SCHEDULER, "a scheduler", 3600.0) is not None
 
 
 def create_key(store: EventStore, tenant: str, *, admin: bool = False) -> str:
