@@ -67,7 +67,7 @@ def test_a_stream_written_anew_does_not_match_its_seal(store: EventStore, databa
     assert sealed is not None
     position = next(e.position for e in events if isinstance(e.event, kinds.OptimStepRequested))
     data = msgspec.json.encode(
-        msgspec.structs.replace(events[position - 1].event, adam=log.AdamParams(learning_rate=0.5))
+        msgspec.structs.replace(events[position - 1].event, adam=log.AdamParams(learning_rate=0.002))
     )
     forge(database_settings, position, data=data.decode())
     heads(database_settings)

@@ -84,7 +84,7 @@ def test_two_processes_write_and_everybody_sees_all(store: EventStore, database_
 
 def test_a_subscriber_far_behind_catches_up_while_others_go_on(sqlite_store: EventStore) -> None:
     store = sqlite_store
-    store.append(log.add_lora())
+    store.append(log.configured(max_pending_requests=4 * PAGE_EVENTS), log.add_lora())
     futures = [store.submit(log.optim_step()) for _ in range(2 * PAGE_EVENTS + 50)]
     head = futures[-1].result()[0].position
     live, behind = Reader(), Reader()

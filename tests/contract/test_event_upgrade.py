@@ -1,5 +1,7 @@
 """A log of an older release is upgraded to what its events fold to. On SQLite and Postgres."""
 
+from pathlib import Path
+
 import pytest
 import sqlalchemy as sa
 
@@ -11,6 +13,8 @@ from tinkerbell.events import tables as t
 from tinkerbell.events.engine import make_engine
 from tinkerbell.events.store import EventStore
 
+BEFORE_TOTALS = "0006"
+
 
 @pytest.fixture
 def older(database_settings: Settings) -> Settings:
@@ -20,36 +24,38 @@ def older(database_settings: Settings) -> Settings:
     LongLog(store).fill("alice", 3, 2)
     store.check()
     store.close()
-    engine = make_engine(database_settings.url, role="writer")
-    with engine.begin() as connection:
-        for table in ("totals", "bills", "lines", "stored"):
-            connection.exec_driver_sql(f"DROP TABLE {table}")
-        indexes = {name for name in NEW if not name.startswith(("ix_totals", "ix_bills"))}
-        for name in sorted(indexes):
-            connection.exec_driver_sql(f"DROP INDEX {name}")
-        connection.exec_driver_sql("ALTER TABLE adapters DROP COLUMN session")
-        connection.exec_driver_sql("ALTER TABLE futures DROP COLUMN reserved_tokens")
-        for name in ("adapter_bytes", "sessions", "samplers", "checkpoints", "stored_bytes"):
-            connection.exec_driver_sql(f"ALTER TABLE tenants DROP COLUMN max_{name}")
-        for name, (table, column) in OLD.items():
-            connection.exec_driver_sql(f"CREATE INDEX {name} ON {table} ({column})")
-        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0006'")
-    engine.dispose()
+    put_back(database_settings, BEFORE_TOTALS)
     return database_settings
 
 
-OLD = {
-    "ix_futures_done_us": ("futures", "done_us"),
-    "ix_adapters_tenant": ("adapters", "tenant"),
-    "ix_sessions_tenant": ("sessions", "tenant"),
-}
-NEW = {
-    *("ix_events_audited", "ix_futures_tenant_done_us", "ix_usage_tenant_hour_us"),
-    *("ix_adapters_session", "ix_adapters_tenant_created_us_id", "ix_adapters_models", "ix_adapters_living"),
-    *("ix_checkpoints_saved", "ix_checkpoints_saved_of_adapter", "ix_checkpoints_named"),
-    *("ix_checkpoints_kept", "ix_checkpoints_kept_of_adapter", "ix_sessions_tenant_created_us_id", "ix_sessions_open"),
-    *("ix_sessions_open_of_tenant", "ix_checkpoints_recovery"),
-}
+def put_back(settings: Settings, revision: str) -> None:
+    """The same rows in the tables and columns that there were at a revision."""
+    engine = make_engine(settings.url, role="writer")
+    with engine.connect() as connection:
+        there = sa.MetaData()
+        there.reflect(connection)
+        kept = {table.name: connection.execute(table.select()).mappings().all() for table in there.sorted_tables}
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql("DROP SCHEMA public CASCADE")
+            connection.exec_driver_sql("CREATE SCHEMA public")
+            connection.commit()
+    engine.dispose()
+    if settings.url.startswith("sqlite"):
+        for file in Path(settings.data_dir).glob("tinkerbell.db*"):
+            file.unlink()
+    engine = make_engine(settings.url, role="writer")
+    with engine.begin() as connection:
+        schema.migrate(connection, revision)
+        then = sa.MetaData()
+        then.reflect(connection)
+        for table in then.sorted_tables:
+            if table.name == "alembic_version" or not (rows := kept.get(table.name)):
+                continue
+            if table.name == "log_head":  # it has its row from the beginning
+                connection.execute(table.delete())
+            columns = table.columns.keys()
+            connection.execute(table.insert(), [{name: row[name] for name in columns} for row in rows])
+    engine.dispose()
 
 
 def test_totals_of_an_older_log_are_what_its_events_fold_to(older: Settings) -> None:

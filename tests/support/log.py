@@ -143,6 +143,12 @@ def forward_backward_completed(
     return result(event, of, body=kinds.LogprobsBody(logprobs=[floats(-2.0, -2.0, -2.0)]))
 
 
+def configured(tenant: str = "alice", **limits: int) -> NewEvent:
+    """Limits of a tenant's own."""
+    event = kinds.TenantConfigured(**limits)  # type: ignore[arg-type]
+    return NewEvent(event=event, tenant=tenant, stream=f"tenant/{tenant}")
+
+
 def optim_step(adapter: str = "ad_one", tenant: str = "alice", *, learning_rate: float = 1e-3) -> NewEvent:
     """optim_step.requested"""
     return request(kinds.OptimStepRequested(adam=AdamParams(learning_rate=learning_rate)), adapter, tenant)

@@ -65,17 +65,17 @@ def test_environments_differ_by_facts_and_not_by_where_the_model_lies():
 
 
 def test_the_executor_is_the_recorded_one_unless_another_is_asked_for():
-    kind, options = ExecutorChoice().of(RECORDED)
+    kind, options = ExecutorChoice().of(RECORDED, foreign=False)
     assert (kind, options.model, options.threads, options.extra) == (
         "fake",
         "package:fake",
         2,
         {"vocab_size": "128"},
     )
-    kind, options = ExecutorChoice(executor="hf", model="m", threads=1, options={}).of(RECORDED)
+    kind, options = ExecutorChoice(executor="hf", model="m", threads=1, options={}).of(RECORDED, foreign=False)
     assert (kind, options.model, options.threads, options.extra) == ("hf", "m", 1, {})
     old = msgspec.structs.replace(RECORDED, source=None, facts={}, options={})
-    _, options = ExecutorChoice().of(old)
+    _, options = ExecutorChoice().of(old, foreign=False)
     assert (options.model, options.threads) == (RECORDED.model.tokenizer or None, None)
 
 

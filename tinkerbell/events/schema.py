@@ -48,12 +48,12 @@ def upgrade(url: str) -> None:
         engine.dispose()
 
 
-def migrate(connection: sa.Connection) -> None:
-    """Run the migrations that are missing, in the connection's transaction."""
+def migrate(connection: sa.Connection, revision: str = "head") -> None:
+    """Run the migrations that are missing up to this one, in the connection's transaction."""
     config = Config()
     config.set_main_option("script_location", str(migrations_dir()).replace("%", "%%"))
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    command.upgrade(config, revision)
 
 
 def is_current(url: str) -> bool:
