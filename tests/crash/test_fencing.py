@@ -46,7 +46,7 @@ LEADER_FILES = (
 
 def zombie(settings: Settings, site: Site, crossing: int, expected: list[workload.Answers]) -> bool:
     """A leader is stopped at the site, a second server takes over and answers, the first goes on. Whether it came so
-    far: the leader may be done before, or hold SQLite's lock, which nobody can take from it."""
+    far: it may be stopped before it leads, be done before, or hold SQLite's lock, which nobody can take from it."""
     marker = Path(settings.data_dir) / "stopped"
     plan = {"role": "server", "file": site.file, "line": site.line, "crossing": crossing, "signal": "SIGSTOP"}
     shared = lives.environment(settings, TINKERBELL_LEASE_TTL_S=str(LEASE_S))
@@ -71,7 +71,10 @@ def zombie(settings: Settings, site: Site, crossing: int, expected: list[workloa
     with EventStoreOf(settings) as store, ExitStack() as servers:
         servers.callback(first.stop)
         first.spawn()
-        eventually(lambda: len(store.read(types=GRANTS)) > 0, PATIENCE_S)
+        eventually(lambda: len(store.read(types=GRANTS)) > 0 or marker.exists(), PATIENCE_S)
+        if not store.read(types=GRANTS):
+            os.kill(first.pid, signal.SIGCONT)
+            return False
         servers.enter_context(second)
         clients.start()
         eventually(lambda: marker.exists() or not clients.is_alive(), PATIENCE_S)

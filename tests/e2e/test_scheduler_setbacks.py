@@ -94,9 +94,10 @@ def test_requests_that_cannot_be_read_fail_in_order_while_others_go_on(
     with poisoned():
         event = kinds.SampleRequested(params=SamplingParams(stop=("",)), num_tokens=3)
         before = [bad.ask(event, SampleBody(prompt=ints([1, 2, 3])), base=base) for base in (True, False)]
-    serve()
     with poisoned(version=9):
         newer = bad.step()
+    # Poisoning holds for the whole process: nobody may read in the meantime.
+    serve()
     a_step(bad)
     a_step(good)
     completed(good)

@@ -24,8 +24,9 @@ SAVED = "ck_saved"
 
 
 def run_settings(settings: Settings) -> Settings:
-    """Small batches and frequent recovery points, so that a short run has some of everything."""
-    return msgspec.structs.replace(settings, batch_tokens=64, checkpoint_every_steps=3, lease_ttl_s=2.0)
+    """Small batches and frequent recovery points, all of which stay, so that a short run has some of everything."""
+    often = {"checkpoint_every_steps": 3, "recovery_points_kept": 100}
+    return msgspec.structs.replace(settings, batch_tokens=64, lease_ttl_s=2.0, **often)
 
 
 @contextmanager
